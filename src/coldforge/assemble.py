@@ -1,0 +1,173 @@
+"""From finished stages to the record, and to the folder that a user takes away."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from coldforge._version import __version__
+from coldforge.errors import StoreError
+from coldforge.provenance import provenance
+from coldforge.recipe import to_toml
+from coldforge.records import (
+    AgreementRecord,
+    CurvePoint,
+    LatencyRecord,
+    PruningRatioRecord,
+    Record,
+    StageName,
+    StageRecord,
+    ThreatModelRecord,
+)
+from coldforge.stages import ONNX_FILE, Shop
+from coldforge.store import write_atomic
+
+if TYPE_CHECKING:
+    from coldforge.pipeline import Arrow
+
+_LABELS: dict[str, tuple[StageName, str]] = {
+    "baseline": ("baseline", "baseline"),
+    "compressed": ("compressed", "compressed, not tuned"),
+    "tuned: natural": ("tuned", "naturally tuned (natural)"),
+    "tuned: adversarial": ("tuned", "adversarially tuned (adversarial)"),
+    "artifact": ("artifact", "artifact (model.onnx)"),
+    "control": ("control", "control: small network from scratch, adversarial"),
+    "reference": ("reference", "reference: dense network, adversarial"),
+}
+"""Row to name and label in the record, in the order of the table."""
+
+AGREEMENT_LIMIT = 0.995
+
+
+def record(shop: Shop, made: Arrow, command: str = "") -> Record:
+    """Put together what the stages found."""
+    recipe, threat = shop.recipe, shop.recipe.threat_model
+    file = made.files[made.artifact]
+    origin = provenance(
+        recipe.seed,
+        command,
+        data={
+            "name": shop.data.test.name,
+            "fingerprint": shop.data.fingerprint,
+            "train": len(shop.data.train),
+            "validation": len(shop.data.validation),
+            "test": len(shop.data.test),
+        },
+        classes=list(shop.data.classes),
+        stage_keys={f"{stage.kind} {stage.label}": stage.key for stage in made},
+        artifact_sha256=shop.result(file)["sha256"],
+        parent_size_bytes=shop.result(made.files["parent"])["size_bytes"],
+    )
+    return Record(
+        coldforge_version=__version__,
+        recipe=recipe.model_dump(mode="json"),
+        provenance=origin,
+        threat_model=ThreatModelRecord(norm=threat.norm, eps=threat.eps, eps_255=threat.eps * 255, box=threat.box),
+        stages=tuple(
+            _row(shop, made, row) for row in _LABELS if f"evaluate: {row}" in made.evidence
+        ),
+    )
+
+
+def _row(shop: Shop, made: Arrow, row: str) -> StageRecord:
+    name, label = _LABELS[row]
+    network = made.networks[made.artifact if row == "artifact" else row]
+    cost = shop.result(made.files[made.artifact if row == "artifact" else row])
+    cost = {key: value for key, value in cost.items() if key != "sha256"}
+    trained = shop.result(network) if network.kind in ("baseline", "finetune", "control", "reference") else {}
+    measured = shop.result(made.evidence["measure"])
+    energy = measured["energy"].get(row, {})
+    notes = list(trained.get("notes", []))
+    agreed: AgreementRecord | None = None
+    if row == "artifact":
+        trained = {}
+        found = shop.result(made.evidence["agree"])
+        agreed = AgreementRecord(clean=found["clean"], adversarial=found["adversarial"])
+        notes += _warnings(cost, found)
+    return StageRecord(
+        name=name,
+        label=label,
+        **{**cost, "pruning_ratio": PruningRatioRecord(**cost["pruning_ratio"])},
+        **shop.result(made.evidence[f"evaluate: {row}"]),
+        latency_s=tuple(LatencyRecord(**timing) for timing in measured["latency"].get(row, [])),
+        energy_j_per_image=energy.get("joules_per_image"),
+        energy_method=energy.get("method", ""),
+        train_seconds=trained.get("train_seconds", 0.0),
+        train_macs=trained.get("train_macs", 0.0),
+        curve=tuple(CurvePoint(**point) for point in trained.get("curve", [])),
+        agreement=agreed,
+        notes=tuple(notes),
+    )
+
+
+def _warnings(cost: dict[str, Any], agreed: dict[str, Any]) -> list[str]:
+    notes = []
+    for part in ("clean", "adversarial"):
+        if agreed[part] < AGREEMENT_LIMIT:
+            notes.append(
+                f"the file and its twin agree on only {agreed[part]:.2%} of the {part} labels "
+                f"(expected at least {AGREEMENT_LIMIT:.1%})"
+            )
+    if cost["weight_bits"] <= 8 and not agreed["integer_kernels"]:
+        notes.append("the runtime computes part of this file in floating point: it will be slower than it could be")
+    if cost["weight_bits"] < 8 or cost["activation_bits"] < 8:
+        notes.append("bits below 8 are stored as clipped 8-bit values: no speed is claimed for them")
+    return notes
+
+
+def check_writable(out: Path) -> None:
+    """Make the folder now, so that a run of an hour does not fail at its end.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise StoreError(f"expected a folder to write results into, cannot write {out}: {error.strerror}") from None
+
+
+def write_folder(shop: Shop, made: Arrow, record: Record, out: Path) -> None:
+    """Write record.json, recipe.toml, model.onnx, model/ and what the report and ``verify`` need; the record last."""
+    network = shop.folder(made.networks[made.artifact])
+    try:
+        (out / "model").mkdir(parents=True, exist_ok=True)
+        for name in ("model.safetensors", "structure.json"):
+            _copy(network / name, out / "model" / name)
+        _copy(shop.folder(made.files[made.artifact]) / ONNX_FILE, out / ONNX_FILE)
+        _copy(shop.folder(made.evidence["agree"]) / "probe.safetensors", out / "probe.safetensors")
+        _copy(shop.folder(made.evidence["gallery"]) / "gallery.safetensors", out / "gallery.safetensors")
+        _copy(shop.folder(made.evidence["evaluate: artifact"]) / "ledger.parquet", out / "ledger.parquet")
+        write_atomic(out / "recipe.toml", to_toml(shop.recipe))
+        write_atomic(out / "record.json", record.to_json())
+    except OSError as error:
+        raise StoreError(f"cannot write the results into {out}: {error.strerror or error}") from error
+    shop.store.register(out / "record.json", [stage.key for stage in made])
+
+
+def _copy(source: Path, target: Path) -> None:
+    write_atomic(target, lambda temporary: shutil.copyfile(source, temporary))
+
+
+def macs_per_second(shop: Shop) -> float:
+    """Multiply-adds a second of training on this machine, from a moment of forward and backward passes."""
+    network = shop.source.build(0).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.zeros(64, *shop.data.image_shape)
+    begin, passes = time.monotonic(), 0
+    while passes < 2 or time.monotonic() - begin < 0.3:
+        if passes == 1:
+            begin = time.monotonic()  # the first pass warms up
+        with torch.autocast("cpu", enabled=shop.recipe.compute.precision == "bf16"):
+            network(images).sum().backward()
+        passes += 1
+    return (passes - 1) * len(images) * 3 * shop.dense_macs() / (time.monotonic() - begin)
+
+

@@ -1,0 +1,82 @@
+"""The threat model: a norm ball around each image, inside the image box."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from coldforge.errors import AttackError
+from coldforge.recipe import ThreatModelSpec
+
+TOLERANCE = 1e-6
+"""Room for float32 rounding when a finished perturbation is checked against the ball and the box."""
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """A ball of radius ``eps`` (pixel units) in ``norm``, cut with the box [0, 1] unless ``box`` is False.
+
+    ``box=False`` is the literal protocol of the code of arXiv 2403.09441, whose adversarial images may leave the box.
+    """
+
+    norm: Literal["linf", "l2"]
+    eps: float
+    box: bool = True
+
+    @classmethod
+    def of(cls, spec: ThreatModelSpec) -> ThreatModel:
+        """From a recipe's table."""
+        return cls(spec.norm, spec.eps, spec.box)
+
+    def size(self, perturbations: Tensor) -> Tensor:
+        """Norm of each perturbation ``(N, ...)``, as ``(N,)``."""
+        flat = perturbations.flatten(1)
+        return flat.abs().amax(1) if self.norm == "linf" else flat.norm(dim=1)
+
+    def project(self, points: Tensor, clean: Tensor) -> Tensor:
+        """The nearest allowed points: first onto the ball, then into the box (exact for linf; for l2 the second
+        step only shrinks the perturbation, so the result stays allowed)."""
+        if self.norm == "linf":
+            points = torch.minimum(torch.maximum(points, clean - self.eps), clean + self.eps)
+        else:
+            delta = points - clean
+            norms = delta.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, *[1] * (delta.ndim - 1))
+            points = clean + delta * (self.eps / norms).clamp_max(1.0)
+        return points.clamp(0.0, 1.0) if self.box else points
+
+    def step(self, gradient: Tensor, length: float) -> Tensor:
+        """Steepest ascent of ``length`` (pixel units) in this norm: a sign for linf, a unit vector for l2."""
+        if self.norm == "linf":
+            return gradient.sign() * length
+        norms = gradient.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, *[1] * (gradient.ndim - 1))
+        return gradient / norms * length
+
+    def random_start(self, clean: Tensor, generator: torch.Generator) -> Tensor:
+        """A point drawn uniformly from the ball around each of ``clean`` ``(N, C, H, W)``, then put into the box."""
+        noise = torch.empty(clean.shape, dtype=clean.dtype)
+        if self.norm == "linf":
+            noise.uniform_(-self.eps, self.eps, generator=generator)
+        else:
+            noise.normal_(generator=generator)
+            radius = torch.rand(len(clean), generator=generator) ** (1.0 / noise[0].numel())
+            noise = noise / noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1) * (self.eps * radius).view(-1, 1, 1, 1)
+        return self.project(clean + noise.to(clean.device), clean)
+
+    def verify(self, points: Tensor, clean: Tensor) -> None:
+        """Check finished adversarial images.
+
+        Raises:
+            AttackError: one is not finite, outside the ball, or outside the box.
+        """
+        if not torch.isfinite(points).all():
+            raise AttackError("expected finite adversarial images, found NaN or infinite pixels")
+        largest = float(self.size(points.double() - clean.double()).max()) if len(points) else 0.0
+        if largest > self.eps + TOLERANCE:
+            raise AttackError(f"expected perturbations of at most {self.eps:g} ({self.norm}), found {largest:g}")
+        if self.box and len(points) and (float(points.min()) < 0 or float(points.max()) > 1):
+            raise AttackError(
+                f"expected adversarial images inside [0, 1], found {float(points.min()):g} … {float(points.max()):g}"
+            )

@@ -1,0 +1,379 @@
+"""The command line: thin commands over the library. Nothing imports this module.
+
+Results go to standard output (``--json`` for machines), progress and errors to standard error. Exit codes: 0 done,
+1 failed, 2 wrong usage or recipe, 130 interrupted. Everything heavy is imported inside the commands, so that
+``coldforge --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, CycloptsError, Parameter
+
+from coldforge._version import __version__
+from coldforge.errors import ColdforgeError, Interrupted, RecipeError, UsageError
+
+if TYPE_CHECKING:
+    from coldforge.console import RichProgress
+    from coldforge.recipe import Recipe
+    from coldforge.records import Record
+    from coldforge.store import Store
+
+CONTINUE = "interrupted; finished stages are kept; run the same command again to continue"
+
+app = App(
+    name="coldforge",
+    version=__version__,
+    help="Make a trained image classifier small, fast and hard to fool, and prove it on the ONNX file that ships.",
+    help_epilogue="Start with: coldforge run\n\nAdd --debug to any command for the traceback of an error.",
+    help_format="plaintext",
+    default_parameter=Parameter(negative="", show_default=lambda value: "" if value is False else str(value)),
+    suppress_keyboard_interrupt=False,
+)
+store_app = App(
+    name="store",
+    help="List, check and prune the finished stages that runs have left behind.",
+    help_epilogue="Example:\n\ncoldforge store list",
+)
+app.command(store_app)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; errors become one readable message on standard error."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words or os.environ.get("COLDFORGE_DEBUG", "0") not in ("", "0")
+    words = [word for word in words if word != "--debug"]
+    try:
+        return int(app(words, exit_on_error=False, result_action="return_value") or 0)
+    except CycloptsError:  # said already
+        return 2
+    except (KeyboardInterrupt, Interrupted) as error:
+        return _fail(str(error) or (CONTINUE if words[:1] == ["run"] else "interrupted"), 130, debug)
+    except ColdforgeError as error:
+        return _fail(f"error: {error}", 2 if isinstance(error, (RecipeError, UsageError)) else 1, debug)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        advice = "this should not happen; run again with --debug for the traceback, and report it"
+        return _fail(f"unexpected error: {type(error).__name__}: {error}\n{advice}", 1, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    sys.stderr.write(f"coldforge: {message}\n")
+    return code
+
+
+# --- the main job ----------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    help_epilogue="Examples:\n\n"
+    "coldforge run\n\n"
+    "coldforge run fashion-mnist --out results/fashion\n\n"
+    "coldforge run my-recipe.toml --set finetune.epochs=5 --set threat_model.eps=8/255"
+)
+def run(
+    recipe: str = "quickstart",
+    /,
+    *,
+    out: Path | None = None,
+    set_: Annotated[tuple[str, ...], Parameter(name="--set", consume_multiple=True, show_default=False)] = (),
+    plan: bool = False,
+    json: bool = False,
+    quiet: Annotated[bool, Parameter(alias="-q")] = False,
+) -> None:
+    """Compress a classifier, fine-tune it adversarially, export it, and measure the file.
+
+    Finished stages are kept in the store: stop with Ctrl-C whenever you like, and run the same command to continue.
+
+    Args:
+        recipe: a preset (see `coldforge recipes`) or the path of a TOML file.
+        out: folder for record.json, report.html and model.onnx; default ./coldforge-NAME.
+        set_: change keys of the recipe, such as finetune.epochs=5; may be repeated.
+        plan: only show the stages and how long each will take.
+        json: print the record as JSON instead of the table.
+        quiet: no progress; notes and errors only.
+    """
+    from coldforge.recipe import load_recipe
+
+    if words := [text for text in set_ if "=" not in text]:
+        raise UsageError(f"--set: expected key=value, got {words[0]!r}; write the recipe before --set")
+    resolved = load_recipe(recipe, overrides=set_)
+    if plan:
+        _plan(resolved, json)
+        return
+    folder = out or Path(f"coldforge-{resolved.name.replace(os.sep, '-')}")
+    command = shlex.join(["coldforge", "run", recipe, *(word for text in set_ for word in ("--set", text))])
+
+    from coldforge.pipeline import run as run_recipe
+
+    with _progress(quiet) as progress:
+        record = run_recipe(resolved, out=folder, store=_store(), progress=progress, command=command)
+        progress.begin("report")
+        _draw(folder, record)
+        progress.end("report")
+    if json:
+        sys.stdout.write(record.to_json())
+        return
+    from coldforge.console import stdout
+    from coldforge.report.table import headline, summary_table
+
+    console = stdout()
+    console.print(summary_table(record, width=console.width if console.is_terminal else None))
+    console.print(headline(record), markup=False, highlight=False)
+    sys.stdout.write("\nWritten:\n" + "".join(f"  {path}\n" for path in sorted(folder.iterdir())))
+
+
+def _plan(recipe: Recipe, json: bool) -> None:
+    from coldforge.console import about, plan_line, print_json, print_table
+    from coldforge.pipeline import plan
+
+    steps = plan(recipe, store=_store())
+    if json:
+        print_json([{"label": step.label, "estimate_s": step.estimate_s, "cached": step.cached} for step in steps])
+        return
+    rows = [(step.label, "in the store" if step.cached else about(step.estimate_s)) for step in steps]
+    print_table(("stage", "time"), rows)
+    sys.stdout.write(plan_line(steps) + "\n")
+
+
+def _draw(folder: Path, record: Record) -> Path:
+    """Write report.html and adversarial.png from the files in a run's folder."""
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    from coldforge.report.examples import Examples
+    from coldforge.report.html import write_report
+
+    gallery = folder / "gallery.safetensors"
+    examples = None
+    if gallery.is_file():
+        arrays = load_file(gallery)
+        rows = sorted(name.removesuffix("/adversarial") for name in arrays if name.endswith("/adversarial"))
+        examples = Examples(
+            clean=arrays["clean"].astype(np.float32),
+            labels=arrays["labels"].astype(np.int64),
+            classes=tuple(record.provenance["classes"]),
+            adversarial={row: arrays[f"{row}/adversarial"].astype(np.float32) for row in rows},
+            predictions={row: (arrays[f"{row}/clean_answer"], arrays[f"{row}/adversarial_answer"]) for row in rows},
+            eps=record.threat_model.eps,
+            norm=record.threat_model.norm,
+        )
+    return write_report(record, folder, examples)
+
+
+def _progress(quiet: bool) -> RichProgress:
+    from rich.console import Console
+
+    from coldforge.console import RichProgress
+
+    return RichProgress(Console(stderr=True), quiet=quiet)
+
+
+def _store() -> Store:
+    from coldforge.store import Store
+
+    return Store()
+
+
+@app.command(help_epilogue="Example:\n\ncoldforge report coldforge-quickstart")
+def report(folder: Path, /) -> None:
+    """Draw report.html and adversarial.png again, from record.json.
+
+    Args:
+        folder: where a run has left its record.json.
+    """
+    from coldforge.records import load_record
+
+    sys.stdout.write(f"{_draw(folder, load_record(folder))}\n")
+
+
+# --- the file on its machine -----------------------------------------------------------------------------------------
+
+
+@app.command(help_epilogue="Example:\n\ncoldforge verify coldforge-quickstart")
+def verify(folder: Path, /, *, json: bool = False) -> int:
+    """Check on this machine that the file answers, and is as fast, as its record says. Exit code 1 where it does not.
+
+    Args:
+        folder: what `coldforge run` has written, copied to this machine.
+        json: print the checks as JSON.
+    """
+    from dataclasses import asdict
+
+    from coldforge.console import print_json, print_table
+    from coldforge.deploy.verify import verify_folder
+
+    verdict = verify_folder(folder)
+    if json:
+        print_json({"ok": verdict.ok, "checks": [asdict(check) for check in verdict.checks]})
+    else:
+        rows = [
+            (check.name, "ok" if check.passed else "FAILED", check.expected, check.found, check.meaning)
+            for check in verdict.checks
+        ]
+        print_table(("check", "", "expected", "found", "meaning"), rows)
+        failed = sum(not check.passed for check in verdict.checks)
+        sys.stdout.write("all checks passed\n" if verdict.ok else f"{failed} of {len(rows)} checks failed\n")
+    return 0 if verdict.ok else 1
+
+
+@app.command(
+    help_epilogue="Examples:\n\n"
+    "coldforge bench coldforge-quickstart\n\n"
+    "coldforge bench before.onnx after.onnx --batch 1 --batch 64 --threads 2"
+)
+def bench(
+    *artifacts: Path,
+    batch: Annotated[tuple[int, ...], Parameter(show_default=False)] = (1, 64),
+    threads: int = 0,
+    seconds: float = 1.0,
+    runtime: Annotated[tuple[str, ...], Parameter(show_default=False)] = ("onnxruntime",),
+    json: bool = False,
+) -> None:
+    """Measure latency, throughput, size and energy of files, side by side.
+
+    Args:
+        artifacts: ONNX files, or folders that `coldforge run` has written.
+        batch: images per call; may be repeated. Default: 1 and 64.
+        threads: threads of the runtime; 0 takes all physical cores.
+        seconds: how long to measure each.
+        runtime: onnxruntime or openvino; may be repeated. Default: onnxruntime.
+        json: print the rows as JSON.
+    """
+    if not artifacts:
+        raise UsageError("expected at least one ONNX file or folder, got none; try: coldforge bench model.onnx")
+    if missing := [path for path in artifacts if not path.exists()]:
+        raise UsageError(f"expected an ONNX file or a folder of a run, found nothing at {missing[0]}")
+    from dataclasses import asdict
+
+    from coldforge.console import print_bench, print_json
+    from coldforge.deploy.bench import bench as measure
+
+    rows = measure(artifacts, batches=batch, threads=threads, seconds=seconds, runtimes=runtime)
+    if json:
+        print_json([asdict(row) for row in rows])
+    else:
+        print_bench(rows)
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    help_epilogue="Examples:\n\n"
+    "coldforge recipes\n\n"
+    "coldforge recipes quickstart > my-recipe.toml\n\n"
+    "coldforge recipes quickstart --keys"
+)
+def recipes(name: str = "", /, *, keys: bool = False, attacks: bool = False, json: bool = False) -> None:
+    """List the recipes that ship with coldforge, or print one as TOML.
+
+    Args:
+        name: a preset or the path of a TOML file; without it, all presets are listed.
+        keys: print every key, each with what it means.
+        attacks: list the names of attacks that a recipe may hold.
+        json: print as JSON.
+    """
+    from coldforge.console import documented_toml, print_json, print_table
+    from coldforge.recipe import load_recipe, preset_names, to_toml
+
+    if attacks:
+        from coldforge.attacks import ATTACK_FORMS
+
+        print_json(ATTACK_FORMS) if json else print_table(("attack", "meaning"), list(ATTACK_FORMS.items()))
+    elif name or keys:
+        recipe = load_recipe(name or "quickstart")
+        if json:
+            print_json(recipe.model_dump(mode="json"))
+        else:
+            sys.stdout.write(documented_toml(recipe) if keys else to_toml(recipe))
+    else:
+        found = {preset: load_recipe(preset).description for preset in preset_names()}
+        print_json(found) if json else print_table(("recipe", "description"), list(found.items()))
+
+
+# --- the store -------------------------------------------------------------------------------------------------------
+
+
+@store_app.command(name="list", help_epilogue="Example:\n\ncoldforge store list")
+def store_list(*, json: bool = False) -> None:
+    """List the finished stages, their sizes, and whether a record needs them.
+
+    Args:
+        json: print as JSON.
+    """
+    from coldforge.console import print_entries
+
+    store = _store()
+    print_entries(store.entries(), json)
+    if not json:
+        from coldforge.report.text import size
+
+        sys.stdout.write(f"{store.root}: {size(store.size_bytes())}\n")
+
+
+@store_app.command(name="verify", help_epilogue="Example:\n\ncoldforge store verify")
+def store_verify(*, json: bool = False) -> int:
+    """Check the size and checksum of every file. Damaged stages are rebuilt when a run next needs them.
+
+    Args:
+        json: print as JSON.
+    """
+    from coldforge.console import print_entries
+
+    entries = _store().verify()
+    damaged = [entry for entry in entries if entry.problem]
+    print_entries(entries if json else damaged, json)
+    if not json:
+        sys.stdout.write(f"{len(entries)} stages checked, {len(damaged)} damaged\n")
+    return 1 if damaged else 0
+
+
+@store_app.command(name="prune", help_epilogue="Example:\n\ncoldforge store prune --dry-run")
+def store_prune(*, dry_run: bool = False, json: bool = False) -> None:
+    """Delete the stages that no existing record.json needs, and what interrupted runs have left.
+
+    Args:
+        dry_run: only say what would be deleted.
+        json: print as JSON.
+    """
+    from coldforge.console import print_entries
+    from coldforge.report.text import size
+
+    pruned = _store().prune(dry_run=dry_run)
+    print_entries(pruned.entries, json)
+    if not json:
+        verb = "would be deleted" if dry_run else "deleted"
+        sys.stdout.write(f"{len(pruned.entries)} {verb}, {size(pruned.size_bytes)}\n")
+
+
+# --- this machine ----------------------------------------------------------------------------------------------------
+
+
+@app.command(help_epilogue="Example:\n\ncoldforge doctor")
+def doctor(*, json: bool = False) -> None:
+    """Say what this machine can do: versions, processor, data sets, energy meter, store; with advice.
+
+    Args:
+        json: print as JSON.
+    """
+    from coldforge.console import print_json, print_table
+    from coldforge.doctor import examine
+
+    findings = examine(_store())
+    if json:
+        print_json([{"topic": item.topic, "found": item.found, "advice": item.advice} for item in findings])
+    else:
+        print_table(("", "found", "advice"), [(item.topic, item.found, item.advice) for item in findings])

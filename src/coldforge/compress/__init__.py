@@ -1,0 +1,27 @@
+"""Compression: structured channel pruning, quantization, and checkpoints that replay both without pickle."""
+
+from coldforge.compress.checkpoint import Structure, build, load_network, save_network
+from coldforge.compress.fakequant import ActivationQuantizer, QuantizedLayer, attacking, fake_quantize
+from coldforge.compress.graph import fold_batchnorm, trace
+from coldforge.compress.prune import PruningPlan, prune, replay
+from coldforge.compress.quantize import calibrate, insert_quantizers, quantize, weight_bit_widths
+
+__all__ = [
+    "ActivationQuantizer",
+    "PruningPlan",
+    "QuantizedLayer",
+    "Structure",
+    "attacking",
+    "build",
+    "calibrate",
+    "fake_quantize",
+    "fold_batchnorm",
+    "insert_quantizers",
+    "load_network",
+    "prune",
+    "quantize",
+    "replay",
+    "save_network",
+    "trace",
+    "weight_bit_widths",
+]

@@ -1,0 +1,92 @@
+"""A checkpoint is weights and a description, never code: ``model.safetensors`` and ``structure.json``.
+
+The description replays what was done to the architecture: build it, remove the planned channels, insert the
+quantizers, then fill in the weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import nn
+
+from coldforge.compress.prune import PruningPlan, replay
+from coldforge.compress.quantize import insert_quantizers
+from coldforge.errors import ModelError
+from coldforge.models import ModelSource, model_source, normalized
+from coldforge.recipe import QuantizeSpec, Spec
+from coldforge.store import write_atomic
+
+WEIGHTS, STRUCTURE = "model.safetensors", "structure.json"
+
+
+class Structure(Spec):
+    """What a checkpoint is made of."""
+
+    format_version: Literal[1] = 1
+    source: str
+    """Architecture, as in ``[model] source``."""
+    image_shape: tuple[int, int, int]
+    """(C, H, W)."""
+    classes: tuple[str, ...]
+    """Class names in the order of the logits."""
+    mean: tuple[float, ...]
+    """Normalization of inputs in [0, 1], per channel."""
+    std: tuple[float, ...]
+    """Normalization of inputs in [0, 1], per channel."""
+    pruning: PruningPlan | None = None
+    """Channels removed; None: dense."""
+    quantization: QuantizeSpec | None = None
+    """Quantizers inserted; None: floating point."""
+
+
+def build(structure: Structure, source: ModelSource | None = None, *, seed: int = 0) -> nn.Module:
+    """The described network with fresh weights, in evaluation mode.
+
+    Args:
+        structure: description.
+        source: the architecture, where it is a live object and no name can rebuild it.
+        seed: seed of the initial weights.
+    """
+    if source is None:
+        source = model_source(structure.source, image_shape=structure.image_shape, num_classes=len(structure.classes))
+    network: nn.Module = normalized(source.build(seed), structure.mean, structure.std)
+    if structure.pruning is not None:
+        network = replay(network, structure.pruning, image_shape=structure.image_shape)
+    if structure.quantization is not None:
+        network = insert_quantizers(network, structure.quantization)
+    return network.eval()
+
+
+def save_network(folder: Path, network: nn.Module, structure: Structure) -> None:
+    """Write ``model.safetensors`` and ``structure.json`` into ``folder``, which must exist."""
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
+    write_atomic(folder / WEIGHTS, save(tensors))
+    write_atomic(folder / STRUCTURE, structure.model_dump_json(indent=1) + "\n")
+
+
+def load_network(folder: str | Path, source: ModelSource | None = None) -> tuple[nn.Module, Structure]:
+    """Read what :func:`save_network` wrote; the network is in evaluation mode.
+
+    Raises:
+        ModelError: a file is missing or damaged, or does not fit the architecture.
+    """
+    folder = Path(folder)
+    for name in (WEIGHTS, STRUCTURE):
+        if not (folder / name).is_file():
+            raise ModelError(f"expected a coldforge checkpoint in {folder}, found no {name}")
+    try:
+        structure = Structure.model_validate_json((folder / STRUCTURE).read_bytes())
+        tensors = load((folder / WEIGHTS).read_bytes())
+    except (ValidationError, SafetensorError) as error:
+        raise ModelError(f"the checkpoint in {folder} is damaged: {str(error).splitlines()[0]}") from None
+    network = build(structure, source)
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ModelError(f"the checkpoint in {folder} does not fit {structure.source!r}: {error}") from None
+    return network, structure

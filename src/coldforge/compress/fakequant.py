@@ -1,0 +1,244 @@
+"""Fake-quantized layers: floating point that takes only the values an integer kernel can take.
+
+Weights are symmetric per output channel, activations affine per tensor with a fixed integer zero point (0 after a
+ReLU), biases integers of the accumulator's step. Rounding is half to even, as in ONNX ``QuantizeLinear``, so that the
+network equals its exported file. Step sizes are learned as in LSQ (Esser et al., *Learned Step Size Quantization*,
+ICLR 2020, eq. 3 and section 2.2); gradients pass the rounding straight through (Bengio et al. 2013).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Backward = Literal["pass_through", "clipped"]
+
+_SMALLEST_STEP = 1e-8
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """``step * (clamp(round(x / step) + zero, qmin, qmax) - zero)`` with straight-through and LSQ gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, step: Tensor, zero: int, qmin: int, qmax: int, grad_scale: float, backward: Backward
+    ) -> Tensor:
+        scaled = x / step.to(x.dtype)
+        low, high = qmin - zero, qmax - zero
+        ctx.learns_step = ctx.needs_input_grad[1]
+        ctx.clips = backward == "clipped" and ctx.needs_input_grad[0]
+        if ctx.learns_step or ctx.clips:
+            ctx.save_for_backward(scaled, step)
+            ctx.low, ctx.high, ctx.grad_scale = low, high, grad_scale
+            codes = torch.round(scaled)
+        else:
+            codes = scaled.round_()
+        return codes.clamp_(low, high).mul_(step.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        if not (ctx.learns_step or ctx.clips):
+            return grad, None, None, None, None, None, None
+        scaled, step = ctx.saved_tensors
+        inside = (scaled >= ctx.low) & (scaled <= ctx.high)
+        grad_x = grad * inside if ctx.clips else grad
+        grad_step = None
+        if ctx.learns_step:
+            slope = torch.round(scaled).clamp_(ctx.low, ctx.high).sub_(scaled * inside)
+            product = slope.mul_(grad)
+            if step.numel() == 1:
+                total = product.sum(dtype=torch.float32)
+            else:
+                total = product.flatten(1).sum(1, dtype=torch.float32)
+            grad_step = (total * ctx.grad_scale).view_as(step)
+        return grad_x, grad_step, None, None, None, None, None
+
+
+def fake_quantize(
+    x: Tensor,
+    step: Tensor,
+    *,
+    zero: int = 0,
+    qmin: int,
+    qmax: int,
+    grad_scale: float = 1.0,
+    backward: Backward = "clipped",
+) -> Tensor:
+    """Round ``x`` to the grid ``step * (code - zero)``, ``qmin <= code <= qmax``, half to even.
+
+    Args:
+        x: any shape.
+        step: grid spacing, of shape () or broadcastable to ``x`` along its first dimension, positive.
+        zero: the code of the value 0.
+        qmin: smallest code.
+        qmax: largest code.
+        grad_scale: factor of the gradient of ``step`` (LSQ section 2.2).
+        backward: ``"clipped"`` lets gradients pass only where ``x`` is inside the range (the straight-through
+            estimator); ``"pass_through"`` lets them pass everywhere (BPDA, Athalye et al. 2018), for attacks.
+
+    Returns:
+        A tensor like ``x``.
+    """
+    return cast(Tensor, _FakeQuantize.apply(x, step, zero, qmin, qmax, grad_scale, backward))
+
+
+class ActivationQuantizer(nn.Module):
+    """Rounds an activation to ``bits`` bits: unsigned codes with a fixed zero point and a learned step.
+
+    Until :meth:`set_range` (or loading a checkpoint) fixes the grid it refuses to run.
+    """
+
+    zero_point: Tensor
+
+    def __init__(self, bits: int, *, reads_image: bool = False) -> None:
+        super().__init__()
+        self.bits = bits
+        self.reads_image = reads_image  # rounds the network's input; its range is that of the box
+        self.qmin, self.qmax = 0, 2**bits - 1
+        self.step = nn.Parameter(torch.tensor(0.0))
+        self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
+        self.backward_mode: Backward = "clipped"
+        self.observing = False
+        self._zero = -1  # zero_point as a Python number, read once
+
+    def set_range(self, low: float, high: float) -> None:
+        """Choose step and zero point so that [low, high], which must hold 0, maps onto the codes."""
+        low, high = min(low, 0.0), max(high, 0.0)
+        step = max((high - low) / (self.qmax - self.qmin), _SMALLEST_STEP)
+        with torch.no_grad():
+            self.step.fill_(step)
+            self.zero_point.fill_(min(max(round(-low / step), self.qmin), self.qmax))
+        self._zero = -1
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._zero = -1
+
+    @property
+    def zero(self) -> int:
+        """Code of the value 0."""
+        if self._zero < 0:
+            self._zero = int(self.zero_point)
+        return self._zero
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, ...)`` to the same shape."""
+        if self.observing:
+            return x
+        features = max(x.numel() // max(len(x), 1), 1)
+        return fake_quantize(
+            x,
+            self.step.clamp_min(_SMALLEST_STEP),
+            zero=self.zero,
+            qmin=self.qmin,
+            qmax=self.qmax,
+            grad_scale=(features * self.qmax) ** -0.5,
+            backward=self.backward_mode,
+        )
+
+    def extra_repr(self) -> str:
+        """Bits, for ``print(model)``."""
+        return f"bits={self.bits}"
+
+
+class QuantizedLayer(nn.Module):
+    """A convolution or linear layer with fake-quantized weight and bias.
+
+    ``source`` is the float layer it replaces; its input is rounded by ``input_quantizer``, whose step sets the grid of
+    the bias (int32 in the accumulator's units, as integer kernels add it).
+    """
+
+    def __init__(self, source: nn.Conv2d | nn.Linear, bits: int, input_quantizer: ActivationQuantizer) -> None:
+        super().__init__()
+        self.bits = bits
+        self.qmax = 2 ** (bits - 1) - 1
+        self.weight = nn.Parameter(source.weight.detach().clone(), requires_grad=source.weight.requires_grad)
+        bias = torch.zeros(len(self.weight)) if source.bias is None else source.bias.detach().clone()
+        self.bias = nn.Parameter(bias, requires_grad=source.bias is not None)
+        self.weight_step = nn.Parameter(torch.ones(len(self.weight)), requires_grad=self.weight.requires_grad)
+        self.is_conv = isinstance(source, nn.Conv2d)
+        if isinstance(source, nn.Conv2d):
+            self.stride, self.padding = source.stride, source.padding
+            self.dilation, self.groups = source.dilation, source.groups
+        self._input_quantizer = [input_quantizer]  # in a list: a reference, not a child
+        self._cached: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def input_quantizer(self) -> ActivationQuantizer:
+        """The quantizer that rounds this layer's input."""
+        return self._input_quantizer[0]
+
+    def _column(self, step: Tensor) -> Tensor:
+        return step.view(-1, *[1] * (self.weight.ndim - 1))
+
+    def quantized_weight(self) -> Tensor:
+        """The weight on its grid, of the weight's shape."""
+        return fake_quantize(
+            self.weight,
+            self._column(self.weight_step.clamp_min(_SMALLEST_STEP)),
+            qmin=-self.qmax,
+            qmax=self.qmax,
+            grad_scale=(self.weight[0].numel() * self.qmax) ** -0.5,
+        )
+
+    def accumulator_step(self) -> Tensor:
+        """Step of the integer accumulator for each output channel: input step times weight step, ``(C,)``."""
+        input_step = self.input_quantizer.step.detach().clamp_min(_SMALLEST_STEP)
+        return input_step * self.weight_step.detach().clamp_min(_SMALLEST_STEP)
+
+    def quantized_bias(self) -> Tensor:
+        """The bias on the accumulator's grid, ``(C,)``; gradients pass straight through."""
+        grid = self.accumulator_step()
+        rounded = torch.round(self.bias.detach() / grid) * grid
+        return self.bias + (rounded - self.bias.detach())
+
+    def weight_codes(self) -> Tensor:
+        """Integer weights, int32, of the weight's shape."""
+        step = self._column(self.weight_step.detach().clamp_min(_SMALLEST_STEP))
+        return torch.round(self.weight.detach() / step).clamp_(-self.qmax, self.qmax).to(torch.int32)
+
+    def bias_codes(self) -> Tensor:
+        """Integer biases in units of :meth:`accumulator_step`, int32, ``(C,)``."""
+        limit = 2**31 - 1
+        codes = torch.round(self.bias.detach() / self.accumulator_step()).double()
+        return codes.clamp_(-limit, limit).to(torch.int32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W)`` or ``(N, F)`` to the layer's output."""
+        weight, bias = self._cached or (self.quantized_weight(), self.quantized_bias())
+        if self.is_conv:
+            return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return F.linear(x, weight, bias)
+
+    def extra_repr(self) -> str:
+        """Shape and bits, for ``print(model)``."""
+        return f"{'conv' if self.is_conv else 'linear'} {tuple(self.weight.shape)}, bits={self.bits}"
+
+
+@contextmanager
+def attacking(model: nn.Module, backward: Backward = "pass_through") -> Iterator[None]:
+    """Inside, weights are quantized once and kept, and activation quantizers let gradients through as asked.
+
+    For attacks: the parameters must not change inside. A network without quantizers is left as it is.
+    """
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+    quantizers = [module for module in model.modules() if isinstance(module, ActivationQuantizer)]
+    before = [quantizer.backward_mode for quantizer in quantizers]
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                layer._cached = (layer.quantized_weight(), layer.quantized_bias())
+        for quantizer in quantizers:
+            quantizer.backward_mode = backward
+        yield
+    finally:
+        for layer in layers:
+            layer._cached = None
+        for quantizer, mode in zip(quantizers, before, strict=True):
+            quantizer.backward_mode = mode

@@ -1,0 +1,93 @@
+"""Networks as graphs: tracing with errors that name the layer, and BatchNorm folded into the layer before it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from coldforge.errors import TraceError
+from coldforge.models import Normalize
+
+
+class _Tracer(fx.Tracer):
+    """Keeps layers with weights and the normalization whole, and remembers where it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.path: list[str] = []
+        self.failed_at = ""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.Conv2d | nn.Linear | Normalize) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        self.path.append(self.path_of_module(m))
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed_at = self.failed_at or self.path[-1]
+            raise
+        finally:
+            self.path.pop()
+
+
+def trace(model: nn.Module) -> fx.GraphModule:
+    """A graph of a copy of ``model`` in evaluation mode.
+
+    Raises:
+        TraceError: names the layer whose code cannot be traced (control flow that depends on values, for example).
+    """
+    model = copy.deepcopy(model).eval()
+    tracer = _Tracer()
+    try:
+        graph = tracer.trace(model)
+    except Exception as error:
+        where = tracer.failed_at or type(model).__name__
+        layer = type(dict(model.named_modules()).get(where, model)).__name__
+        raise TraceError(
+            f"expected a network whose forward can be traced; layer {where!r} ({layer}) cannot: {error}. "
+            "Rewrite it without control flow that depends on tensor values, or turn quantization off "
+            "(quantize.weight_bits = 32, quantize.activation_bits = 32)"
+        ) from error
+    return fx.GraphModule(model, graph)
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Replace the submodule called ``name``."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent) if parent else model, child, module)
+
+
+def fold_batchnorm(model: nn.Module) -> fx.GraphModule:
+    """A traced copy of ``model`` whose BatchNorm layers are part of the convolution or linear layer before them.
+
+    A BatchNorm that does not directly follow such a layer, or whose layer feeds others too, stays.
+    """
+    graph_module = trace(model)
+    modules = dict(graph_module.named_modules())
+    calls: dict[str, int] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module":
+            calls[node.target] = calls.get(node.target, 0) + 1
+    for node in list(graph_module.graph.nodes):
+        if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d | nn.BatchNorm1d):
+            continue
+        before = node.args[0]
+        if before.op != "call_module" or len(before.users) != 1 or calls[before.target] > 1 or calls[node.target] > 1:
+            continue
+        layer, norm = modules[before.target], modules[node.target]
+        if isinstance(layer, nn.Conv2d):
+            folded: nn.Module = fuse_conv_bn_eval(layer, norm)  # type: ignore[type-var]
+        elif isinstance(layer, nn.Linear):
+            folded = fuse_linear_bn_eval(layer, norm)  # type: ignore[type-var]
+        else:
+            continue
+        set_module(graph_module, before.target, folded)
+        node.replace_all_uses_with(before)
+        graph_module.graph.erase_node(node)
+    graph_module.delete_all_unused_submodules()
+    graph_module.recompile()
+    return graph_module

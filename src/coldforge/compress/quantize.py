@@ -1,0 +1,261 @@
+"""Quantization of a whole network: where the quantizers go, how their ranges are calibrated.
+
+The input image (after normalization) and every value that a convolution, a linear layer, an addition, a
+concatenation or an average pooling reads is rounded; what these compute in between (a ReLU, a maximum) is done on the
+accumulator, as integer kernels do. The logits stay in floating point.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from coldforge.compress.fakequant import ActivationQuantizer, QuantizedLayer
+from coldforge.compress.graph import fold_batchnorm, set_module
+from coldforge.errors import TraceError
+from coldforge.models import Normalize
+from coldforge.recipe import QuantizeSpec
+
+_TRANSPARENT_MODULES = (nn.Flatten, nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Dropout, nn.Dropout2d, nn.Identity)
+_TRANSPARENT_FUNCTIONS = (torch.flatten, F.max_pool2d, F.dropout, torch.squeeze, torch.reshape)
+_TRANSPARENT_METHODS = ("flatten", "view", "reshape", "contiguous", "squeeze")
+_READS_MODULES = (nn.Conv2d, nn.Linear, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+_READS_FUNCTIONS = (operator.add, operator.iadd, torch.add, torch.cat, torch.mean, F.avg_pool2d, F.adaptive_avg_pool2d)
+_READS_METHODS = ("add", "add_", "mean")
+
+_CALIBRATION_BATCH = 128
+_SAMPLES_PER_BATCH = 65536
+_MSE_CANDIDATES = 80
+
+
+def quantize(model: nn.Module, spec: QuantizeSpec, images: Tensor) -> nn.Module:
+    """Fold BatchNorm, insert quantizers and calibrate them; the argument stays as it is.
+
+    Args:
+        model: a float classifier whose first layer is the normalization.
+        spec: bits and calibration.
+        images: calibration images in [0, 1], ``(N, C, H, W)``.
+
+    Returns:
+        A new network in evaluation mode with the same weights, rounded in its forward pass; the argument itself (a
+        copy) where ``spec`` turns quantization off.
+
+    Raises:
+        TraceError: the network cannot be traced; names the layer.
+    """
+    quantized = insert_quantizers(model, spec)
+    if spec.enabled:
+        calibrate(quantized, images, spec.calibration)
+    return quantized
+
+
+def insert_quantizers(model: nn.Module, spec: QuantizeSpec) -> nn.Module:
+    """A copy of ``model`` with BatchNorm folded and quantizers inserted, not yet calibrated.
+
+    Loading a checkpoint calls this, then fills in the trained state.
+    """
+    if not spec.enabled:
+        return copy.deepcopy(model)
+    network = fold_batchnorm(model)
+    modules = dict(network.named_modules())
+    inserted: dict[fx.Node, ActivationQuantizer] = {}
+    for node in list(network.graph.nodes):
+        for source in _values_read(node, modules):
+            if source not in inserted and _quantizer_of(source, modules, inserted) is None:
+                reads_image = _is_image(source, modules)
+                bits = max(spec.activation_bits, spec.edge_bits) if reads_image else spec.activation_bits
+                quantizer = ActivationQuantizer(bits, reads_image=reads_image)
+                quantizer.step.requires_grad_(spec.learned_steps and not reads_image)
+                inserted[source] = _insert_after(network, source, quantizer, len(inserted))
+    _replace_layers(network, spec)
+    network.graph.lint()
+    network.recompile()
+    return network.eval()
+
+
+def _values_read(node: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node]:
+    """The values that must be on a grid before ``node`` computes, traced back through what only moves them."""
+    reads = (
+        (node.op == "call_module" and isinstance(modules[str(node.target)], _READS_MODULES))
+        or (node.op == "call_function" and node.target in _READS_FUNCTIONS)
+        or (node.op == "call_method" and node.target in _READS_METHODS)
+    )
+    return [_origin(value, modules) for value in node.all_input_nodes] if reads else []
+
+
+def _origin(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node:
+    while (
+        (node.op == "call_module" and isinstance(modules[str(node.target)], _TRANSPARENT_MODULES))
+        or (node.op == "call_function" and node.target in _TRANSPARENT_FUNCTIONS)
+        or (node.op == "call_method" and node.target in _TRANSPARENT_METHODS)
+    ):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _is_image(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    return node.op == "placeholder" or (
+        node.op == "call_module" and isinstance(modules.get(str(node.target)), Normalize)
+    )
+
+
+def _quantizer_of(
+    source: fx.Node, modules: dict[str, nn.Module], inserted: dict[fx.Node, ActivationQuantizer]
+) -> ActivationQuantizer | None:
+    if source.op == "call_module":
+        module = modules.get(str(source.target))
+        if isinstance(module, ActivationQuantizer):
+            return module
+    return inserted.get(source)
+
+
+def _insert_after(
+    network: fx.GraphModule, source: fx.Node, quantizer: ActivationQuantizer, index: int
+) -> ActivationQuantizer:
+    name = f"quantizer_{index}"
+    network.add_submodule(name, quantizer)
+    with network.graph.inserting_after(source):
+        rounded = network.graph.call_module(name, (source,))
+    source.replace_all_uses_with(rounded)
+    rounded.args = (source,)
+    return quantizer
+
+
+def _replace_layers(network: fx.GraphModule, spec: QuantizeSpec) -> None:
+    modules = dict(network.named_modules())
+    layers = [
+        node
+        for node in network.graph.nodes
+        if node.op == "call_module" and isinstance(modules[str(node.target)], nn.Conv2d | nn.Linear)
+    ]
+    trainable = [node for node in layers if modules[str(node.target)].weight.requires_grad]  # type: ignore[union-attr]
+    edges = {trainable[0], trainable[-1]} if trainable else set()
+    done: set[str] = set()
+    for node in layers:
+        name = str(node.target)
+        if name in done:
+            raise TraceError(
+                f"layer {name!r} is used more than once in the forward pass; "
+                "expected each convolution and linear layer used once, so that its input has one grid"
+            )
+        done.add(name)
+        source = _origin(node.all_input_nodes[0], modules)
+        quantizer = modules[str(source.target)]
+        assert isinstance(quantizer, ActivationQuantizer)
+        layer = modules[name]
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
+            raise TraceError(f"layer {name!r}: expected padding_mode 'zeros' to quantize, got {layer.padding_mode!r}")
+        bits = max(spec.weight_bits, spec.edge_bits) if node in edges else spec.weight_bits
+        replacement = QuantizedLayer(layer, bits, quantizer)
+        if not spec.learned_steps:
+            replacement.weight_step.requires_grad_(False)
+        _fit_weight_step(replacement, "minmax" if not layer.weight.requires_grad else spec.calibration)
+        set_module(network, name, replacement)
+
+
+# --- calibration -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _fit_weight_step(layer: QuantizedLayer, method: str) -> None:
+    """Choose the step of each output channel: the largest weight, or the least squared rounding error."""
+    rows = layer.weight.flatten(1)  # (C, K)
+    peak = rows.abs().amax(1)
+    peak = torch.where(peak > 0, peak, torch.ones_like(peak))
+    best = peak / layer.qmax
+    if method == "mse":
+        best_error = torch.full_like(peak, torch.inf)
+        for part in torch.linspace(0.2, 1.0, _MSE_CANDIDATES):
+            step = (peak * part / layer.qmax)[:, None]
+            error = ((rows / step).round_().clamp_(-layer.qmax, layer.qmax).mul_(step) - rows).square().sum(1)
+            better = error < best_error
+            best, best_error = torch.where(better, step[:, 0], best), torch.where(better, error, best_error)
+    layer.weight_step.copy_(best)
+
+
+@torch.no_grad()
+def calibrate(network: nn.Module, images: Tensor, method: str) -> None:
+    """Fix the range of every activation quantizer of ``network`` from ``images``, in place.
+
+    Observers exist only inside this call: a calibrated network never moves its ranges by itself. The range of the
+    image is that of the box, whatever the calibration images show.
+
+    Args:
+        network: result of :func:`insert_quantizers`.
+        images: ``(N, C, H, W)`` in [0, 1].
+        method: ``"minmax"``; ``"percentile"`` (0.01 % and 99.99 %); ``"mse"``, the range with the least squared
+            rounding error (Banner et al. 2019 solve the same problem under a distribution; this searches).
+    """
+    quantizers = [module for module in network.modules() if isinstance(module, ActivationQuantizer)]
+    samples: dict[ActivationQuantizer, list[Tensor]] = {quantizer: [] for quantizer in quantizers}
+    black_and_white = torch.stack([torch.zeros_like(images[0]), torch.ones_like(images[0])])
+
+    def observer(quantizer: ActivationQuantizer) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
+        def record(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            flat = inputs[0].detach().float().flatten()
+            stride = max(flat.numel() // _SAMPLES_PER_BATCH, 1)
+            ends = torch.stack([flat.min(), flat.max()])
+            samples[quantizer].append(torch.cat([flat[::stride], ends]))
+
+        return record
+
+    handles = [quantizer.register_forward_hook(observer(quantizer)) for quantizer in quantizers]
+    try:
+        for quantizer in quantizers:
+            quantizer.observing = True
+        network(black_and_white)
+        extremes = {quantizer: torch.cat(seen) for quantizer, seen in samples.items()}
+        for seen in samples.values():
+            seen.clear()
+        for batch in images.split(_CALIBRATION_BATCH):
+            network(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for quantizer in quantizers:
+            quantizer.observing = False
+    for quantizer in quantizers:
+        if quantizer.reads_image:  # an adversary uses the whole box, and 8-bit pixels must stay exact
+            quantizer.set_range(*_range(extremes[quantizer], quantizer.bits, "minmax"))
+        else:
+            quantizer.set_range(*_range(torch.cat(samples[quantizer]), quantizer.bits, method))
+
+
+def _range(values: Tensor, bits: int, method: str) -> tuple[float, float]:
+    low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+    if method == "minmax" or high == low:
+        return low, high
+    if method == "percentile":
+        ordered = values.sort().values
+        last = len(ordered) - 1
+        return min(float(ordered[int(last * 0.0001)]), 0.0), max(float(ordered[round(last * 0.9999)]), 0.0)
+    if len(values) > 4 * _SAMPLES_PER_BATCH:
+        values = values[:: len(values) // (4 * _SAMPLES_PER_BATCH)]
+    best, best_error = (low, high), torch.inf
+    levels = 2**bits - 1
+    for part in torch.linspace(0.1, 1.0, _MSE_CANDIDATES).tolist():
+        step = (high - low) * part / levels
+        zero = round(-low * part / step)
+        codes = (values / step).round_().clamp_(-zero, levels - zero)
+        error = float((codes.mul_(step) - values).square_().mean())
+        if error < best_error:
+            best, best_error = (low * part, high * part), error
+    return best
+
+
+def weight_bit_widths(network: nn.Module) -> list[tuple[int, int]]:
+    """(number of values, bits) of every parameter as it would be packed: weights at their bits, the rest at 32."""
+    sizes = []
+    packed: set[int] = set()
+    for module in network.modules():
+        if isinstance(module, QuantizedLayer):
+            sizes.append((module.weight.numel(), module.bits))
+            packed.add(id(module.weight))
+    sizes += [(parameter.numel(), 32) for parameter in network.parameters() if id(parameter) not in packed]
+    return sizes

@@ -1,0 +1,185 @@
+"""Writes a network as one ONNX file that needs neither this package nor torch: QDQ integers, or float."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, fx, nn
+
+from coldforge._version import __version__
+from coldforge.deploy.graph import tidy
+from coldforge.deploy.integer import integer_form, translations
+from coldforge.errors import ExportError, UsageError
+from coldforge.store import write_atomic
+
+OPSET = 21
+"""The first with 16-bit QuantizeLinear."""
+
+_OWN_KEYS = ("coldforge_version", "classes", "input", "image_shape", "largest_bits")
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    image_shape: Sequence[int],
+    classes: Sequence[str],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write ``model`` as ``path``: input ``image`` (batch, C, H, W) float32, output ``logits`` (batch, K).
+
+    A fake-quantized network becomes QuantizeLinear/DequantizeLinear pairs with int8 weights (int16 above 8 bits) and
+    int32 biases; ONNX Runtime runs it with integer kernels. Below 8 bits the codes are the clipped values of 8-bit
+    kernels: smaller steps in accuracy and packed size, no speed. A float network becomes a float file. Equal arguments
+    give equal bytes, and no byte tells where the file was written.
+
+    Args:
+        model: a classifier in the box [0, 1] with its normalization inside; stays as it is.
+        path: the file, replaced whole or not at all.
+        image_shape: (C, H, W).
+        classes: name of each logit.
+        metadata: further facts for the file (threat model, normalization, ...), beside coldforge_version, classes
+            (JSON), input, image_shape (JSON) and largest_bits (of any code; 32: float), which are always there.
+
+    Raises:
+        ExportError: where a layer cannot be exported (names it), a weight is not finite, the number of logits is not
+            that of the classes, or the file cannot be written.
+        UsageError: for a wrong shape or a reserved metadata key.
+    """
+    shape = tuple(image_shape)
+    if len(shape) != 3 or any(size < 1 for size in shape):
+        raise UsageError(f"image_shape: expected (channels, height, width), got {shape}")
+    taken = sorted(set(metadata or {}) & set(_OWN_KEYS))
+    if taken:
+        raise UsageError(f"metadata: expected keys other than {', '.join(_OWN_KEYS)}, got {', '.join(taken)}")
+    network, bits = integer_form(model)
+    _check_finite(network)
+    with _quiet(), torch.no_grad():
+        program = _traced(network, shape, len(classes))
+        result = tidy(_translated(program, fold=bits == 32))
+    result.producer_name, result.producer_version = "coldforge", __version__
+    facts = {
+        "coldforge_version": __version__,
+        "classes": json.dumps(list(classes), ensure_ascii=False),
+        "input": "pixels in [0, 1], NCHW float32",
+        "image_shape": json.dumps(shape),
+        "largest_bits": str(bits),
+        **(metadata or {}),
+    }
+    onnx.helper.set_model_props(result, facts)
+    onnx.checker.check_model(result, full_check=True)
+    try:
+        write_atomic(Path(path), result.SerializeToString(deterministic=True))
+    except OSError as error:
+        raise ExportError(
+            f"cannot write {path}: {error.strerror or error}; choose another folder or free space"
+        ) from error
+
+
+def _check_finite(network: nn.Module) -> None:
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ExportError(
+                f"expected finite weights, got NaN or infinity in {name!r}; train or load the model again"
+            )
+
+
+def _traced(network: nn.Module, image_shape: tuple[int, ...], classes: int) -> torch.export.ExportedProgram:
+    """The network as a torch.export graph with a free batch size."""
+    images = torch.full((2, *image_shape), 0.5)
+    with _naming_the_layer(network):
+        logits = network(images)
+    if not isinstance(logits, Tensor) or logits.shape != (2, classes):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ExportError(f"expected logits of shape (N, {classes}), one for each class, got {got} for N = 2")
+    with _naming_the_layer(network):
+        return torch.export.export(
+            network, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), strict=False
+        )
+
+
+@contextmanager
+def _naming_the_layer(network: nn.Module) -> Iterator[None]:
+    """Turn an exception inside ``network`` into an ExportError that names the layer in which it was raised."""
+    path: list[str] = []
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda *_: path.append(name)
+
+    def leave(*_: object) -> None:
+        path.pop()
+
+    handles = []
+    for name, module in network.named_modules():
+        if not isinstance(module, fx.GraphModule):  # its call is a wrapper of its own
+            handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
+    try:
+        yield
+    except Exception as error:
+        raise ExportError(_cannot(network, path[-1] if path else "", error)) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _translated(program: torch.export.ExportedProgram, *, fold: bool) -> onnx.ModelProto:
+    try:
+        result = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=fold,  # it would turn integer weights back into floats
+            input_names=["image"],
+            output_names=["logits"],
+            custom_translation_table=translations(),
+            verbose=False,
+        )
+    except Exception as error:
+        raise ExportError(_cannot(program.module(), _layer_of(program, error), error)) from error
+    assert result is not None
+    return result.model_proto
+
+
+def _layer_of(program: torch.export.ExportedProgram, error: BaseException) -> str:
+    """Name of the layer whose operator has no ONNX form, from the node that the exporter names in its errors."""
+    nodes = {node.name: node for node in program.graph.nodes}
+    cause: BaseException | None = error
+    while cause is not None:
+        for name in re.findall(r"%(\w+)", str(cause)):
+            stack = nodes[name].meta.get("nn_module_stack") if name in nodes else None
+            if stack:
+                return str(list(stack.values())[-1][0]).removeprefix("L['self'].")
+        cause = cause.__cause__ or cause.__context__
+    return ""
+
+
+def _cannot(network: nn.Module, layer: str, error: BaseException) -> str:
+    kind = type(dict(network.named_modules()).get(layer, network)).__name__
+    where = f"layer {layer!r} ({kind})" if layer else kind
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return (
+        f"{where} cannot be exported to ONNX: {reason}. Expected operations that work on any batch size and do not "
+        "depend on the values of a tensor"
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's own warnings and log lines (about torchvision, deprecated internals) from the user."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,107 @@
+"""What this machine can do, in words: the findings behind ``coldforge doctor``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from coldforge.provenance import cpu_flags, hardware, has_bf16, has_vnni, versions
+from coldforge.report.text import size
+from coldforge.store import Store
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination."""
+
+    topic: str
+    found: str
+    advice: str = ""
+
+
+def examine(store: Store) -> list[Finding]:
+    """Look at versions, processor, 8-bit arithmetic, data sets, energy meter and store.
+
+    A part that cannot be examined (a broken installation, say) gives a finding that says why; it never raises.
+    """
+    return [
+        *(Finding(name, version) for name, version in versions().items()),
+        *_try("processor", _processor),
+        *_try("int8", _int8),
+        *_try("data sets", _data_sets),
+        *_try("energy", _energy),
+        *_try("store", lambda: _store(store)),
+    ]
+
+
+def _try(topic: str, look: Callable[[], list[Finding]]) -> list[Finding]:
+    try:
+        return look()
+    except Exception as error:
+        return [Finding(topic, f"could not be examined: {type(error).__name__}: {error}", "reinstall coldforge")]
+
+
+def _processor() -> list[Finding]:
+    facts = hardware()
+    memory = f"{facts['memory_bytes'] / 1e9:.0f} GB memory" if facts["memory_bytes"] else "memory unknown"
+    found = f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, {memory}"
+    flags = ", ".join(facts["flags"]) or ("none that matter" if cpu_flags() else "cannot be read here")
+    bf16 = "training runs in bf16" if has_bf16() else "training runs in fp32, about half as fast as with bf16"
+    return [Finding("processor", found), Finding("CPU flags", flags), Finding("bf16", _yes(has_bf16()), bf16)]
+
+
+def _int8() -> list[Finding]:
+    from coldforge.deploy.runtime import int8_saturates
+
+    if int8_saturates():
+        advice = "8-bit sums saturate here: export with --set deploy.reduce_range=true, or expect other labels"
+        return [Finding("int8 saturates", "yes", advice)]
+    speed = "fast int8 kernels (VNNI)" if has_vnni() else "int8 answers right; without VNNI it gains less speed"
+    return [Finding("int8 saturates", "no", speed)]
+
+
+def _data_sets() -> list[Finding]:
+    from coldforge.data.idx import find_idx
+    from coldforge.data.sources import DEBIAN_FASHION_MNIST, IDX_FILES
+
+    fashion = next((place for place in (_named("COLDFORGE_FASHION_MNIST"), DEBIAN_FASHION_MNIST)
+                    if place and find_idx(place, IDX_FILES[0])), None)  # fmt: skip
+    cifar = _named("COLDFORGE_CIFAR10")
+    if cifar and not (cifar / "train.parquet").is_file():
+        cifar = None
+    get_fashion = "apt-get install dataset-fashion-mnist, or set $COLDFORGE_FASHION_MNIST; else it is downloaded"
+    get_cifar = "set $COLDFORGE_CIFAR10 to a folder with train.parquet and test.parquet; else it is downloaded"
+    return [
+        Finding("fashion-mnist-mini", "ships with coldforge"),
+        Finding("fashion-mnist", str(fashion or "not on this machine"), "" if fashion else get_fashion),
+        Finding("cifar10", str(cifar or "not on this machine"), "" if cifar else get_cifar),
+    ]
+
+
+def _named(variable: str) -> Path | None:
+    value = os.environ.get(variable)
+    return Path(value).expanduser() if value else None
+
+
+def _energy() -> list[Finding]:
+    from coldforge.measure.energy import energy_source
+
+    found = energy_source()
+    advice = (
+        "" if found.startswith("measured") else "for measured energy, let your user read /sys/class/powercap (RAPL)"
+    )
+    return [Finding("energy", found, advice)]
+
+
+def _store(store: Store) -> list[Finding]:
+    folder = next(path for path in (store.root, *store.root.parents) if path.is_dir())
+    free = shutil.disk_usage(folder).free
+    advice = "less than 2 GB free: run `coldforge store prune`, or set $COLDFORGE_HOME" if free < 2e9 else ""
+    return [Finding("store", f"{store.root}: {size(store.size_bytes())}, {free / 1e9:.1f} GB free", advice)]
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

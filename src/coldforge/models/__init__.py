@@ -1,0 +1,21 @@
+"""Networks: a small zoo, other people's architectures and checkpoints, and normalization as the first layer."""
+
+from coldforge.models.checkpoints import load_weights
+from coldforge.models.checks import check_classifier
+from coldforge.models.loading import ModelSource, model_source
+from coldforge.models.normalize import Normalize, normalized
+from coldforge.models.zoo import ZOO, OptionAShortcut, cnn8, resnet18, resnet20
+
+__all__ = [
+    "ZOO",
+    "ModelSource",
+    "Normalize",
+    "OptionAShortcut",
+    "check_classifier",
+    "cnn8",
+    "load_weights",
+    "model_source",
+    "normalized",
+    "resnet18",
+    "resnet20",
+]

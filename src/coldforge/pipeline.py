@@ -1,0 +1,174 @@
+"""The arrow, from a recipe to a record:
+
+    recipe -> data -> baseline -> prune -> quantize -> fine-tune -> export -> evaluate + measure -> record
+
+:func:`arrow` declares the stages and what each reads; :func:`run` makes them in that order, finding in the store what was
+made before, and writes the folder that a user takes away. The report is drawn from that folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from coldforge import assemble, stages
+from coldforge.attacks import parse_attack
+from coldforge.data import DataSplits, load_data
+from coldforge.models import model_source
+from coldforge.progress import Progress, Step
+from coldforge.provenance import has_bf16, physical_cores
+from coldforge.recipe import Recipe
+from coldforge.records import Record
+from coldforge.stages import Shop, Stage
+from coldforge.store import Store
+
+
+@dataclass(frozen=True, eq=False)
+class Arrow:
+    """All stages of one run. ``networks``, ``files`` and ``evidence`` are keyed by the row of the record."""
+
+    networks: dict[str, Stage] = field(default_factory=dict)
+    files: dict[str, Stage] = field(default_factory=dict)
+    evidence: dict[str, Stage] = field(default_factory=dict)
+    artifact: str = ""
+    """Which row of ``networks`` became the artifact: its twin."""
+
+    def __iter__(self) -> Iterator[Stage]:
+        """In the order of making; each once."""
+        seen = {stage.key: stage for part in (self.networks, self.files, self.evidence) for stage in part.values()}
+        return iter(seen.values())
+
+
+def arrow(shop: Shop) -> Arrow:
+    """Declare every stage of the recipe; nothing is computed."""
+    recipe = shop.recipe
+    baseline = stages.baseline(shop)
+    parent = stages.prune(shop, baseline)
+    compressed = stages.quantize(shop, parent)
+    tuned = {arm: stages.finetune(shop, compressed, arm) for arm in recipe.finetune.arms if arm != "none"}
+    twin = tuned.get(recipe.deploy.arm, compressed)
+
+    networks = {"baseline": baseline, "parent": parent, "compressed": compressed}
+    networks |= {f"tuned: {arm}": stage for arm, stage in tuned.items()}
+    if recipe.control.train:
+        networks["control"] = stages.control(shop, compressed)
+    if recipe.reference.train:
+        networks["reference"] = stages.reference(shop)
+    files = {row: stages.export(shop, network, row) for row, network in networks.items()}
+    artifact = next(row for row, network in networks.items() if network is twin)
+
+    evidence = {
+        f"evaluate: {row}": stages.evaluate(shop, network, row) for row, network in networks.items() if row != "parent"
+    }
+    evidence["evaluate: artifact"] = stages.evaluate(shop, twin, "artifact", file=files[artifact])
+    evidence["agree"] = stages.agree(shop, twin, files[artifact])
+    shown = {row: networks[row] for row in ("tuned: natural",) if row in networks} | {artifact: twin}
+    evidence["gallery"] = stages.gallery(shop, shown)
+    evidence["measure"] = stages.measure(shop, baseline, {"baseline": files["baseline"], "artifact": files[artifact]})
+    return Arrow(networks, files, evidence, artifact)
+
+
+def run(
+    recipe: Recipe,
+    *,
+    out: Path | None = None,
+    store: Store | None = None,
+    progress: Progress | None = None,
+    model: nn.Module | None = None,
+    data: DataSplits | None = None,
+    command: str = "",
+) -> Record:
+    """Make every stage of ``recipe`` and write the results.
+
+    Args:
+        recipe: what to do.
+        out: folder for record.json, model.onnx, model/, recipe.toml and what the report draws; None: only the record
+            is returned.
+        store: where stages are kept; default: the user's.
+        progress: told of the plan and of every stage.
+        model: a trained classifier to start from, instead of ``[model]``.
+        data: data in memory, instead of ``[data]``.
+        command: the command line, for provenance.
+
+    Returns:
+        The record, as written to ``out``.
+
+    Raises:
+        ColdforgeError: the message says what was expected, what was found and what to do.
+    """
+    with _shop(recipe, store, progress, model, data) as shop:
+        made = arrow(shop)
+        shop.progress.plan(_steps(shop, made))
+        if out is not None:
+            assemble.check_writable(out)
+        for stage in made:
+            shop.make(stage)
+        record = assemble.record(shop, made, command)
+        if out is not None:
+            assemble.write_folder(shop, made, record, out)
+        return record
+
+
+def plan(recipe: Recipe, *, store: Store | None = None) -> list[Step]:
+    """What :func:`run` would do now, with estimates and with what the store already holds."""
+    with _shop(recipe, store, None, None, None) as shop:
+        return _steps(shop, arrow(shop))
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """Replace every "auto" that depends on the machine by what it means here; check the names of attacks.
+
+    Raises:
+        RecipeError: an attack is not known.
+    """
+    for name in (*recipe.evaluate.attacks, recipe.finetune.attack, recipe.reference.attack, recipe.model.train.attack):
+        parse_attack(name)
+    compute = recipe.compute
+    threads = compute.threads or min(physical_cores(), 8)
+    precision = compute.precision if compute.precision != "auto" else ("bf16" if has_bf16() else "fp32")
+    return recipe.model_copy(
+        update={"compute": compute.model_copy(update={"threads": threads, "precision": precision})}
+    )
+
+
+@contextmanager
+def _shop(
+    recipe: Recipe,
+    store: Store | None,
+    progress: Progress | None,
+    model: nn.Module | None,
+    data: DataSplits | None,
+) -> Iterator[Shop]:
+    recipe = resolve(recipe)
+    store = store or Store()
+    data = data or load_data(recipe.data, cache=store.root / "data")
+    source = model_source(
+        model if model is not None else recipe.model.source,
+        image_shape=data.image_shape,
+        num_classes=len(data.classes),
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(recipe.compute.threads)
+    try:
+        yield Shop(recipe, data, source, store, progress or Progress())
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _steps(shop: Shop, made: Arrow) -> list[Step]:
+    missing = [stage for stage in made if not shop.has(stage)]
+    speed = assemble.macs_per_second(shop) if any(stage.macs for stage in missing) else 1.0
+    absent = {stage.key for stage in missing}
+    return [
+        Step(
+            stage.label,
+            (stage.macs / speed + stage.seconds) if stage.key in absent else 0.0,
+            cached=stage.key not in absent,
+        )
+        for stage in made
+    ]

@@ -1,0 +1,178 @@
+"""What was measured, typed: the JSON that everything else reads.
+
+Reports, plots, sweeps and ``coldforge verify`` read only this. The names are a public format (``schema_version``);
+accuracies are fractions, times are seconds, sizes are bytes, energy is joules.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from coldforge.errors import UsageError
+
+SCHEMA_VERSION = 1
+
+StageName = Literal["baseline", "compressed", "tuned", "artifact", "reference", "control"]
+
+
+class RecordModel(BaseModel):
+    """Base of the record's parts: frozen; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ThreatModelRecord(RecordModel):
+    """The threat model as evaluated."""
+
+    norm: str
+    eps: float
+    """In pixel units, a fraction of [0, 1]."""
+    eps_255: float
+    """The same in 8-bit pixel steps."""
+    box: bool
+    """Adversarial images were kept inside [0, 1]."""
+
+
+class PruningRatioRecord(RecordModel):
+    """Part of the channels removed."""
+
+    requested: float
+    achieved: float
+
+
+class LatencyRecord(RecordModel):
+    """Wall time of one call of a runtime."""
+
+    runtime: str
+    batch: int
+    threads: int
+    median: float
+    """Seconds per batch."""
+    p10: float
+    p90: float
+
+
+class AgreementRecord(RecordModel):
+    """Part of the labels on which the artifact equals its twin."""
+
+    clean: float
+    """On all clean test images."""
+    adversarial: float
+    """On the last PGD-20 iterate of each attacked image, found on the twin."""
+
+
+class MaskingCheckRecord(RecordModel):
+    """One check of the masking panel."""
+
+    name: str
+    passed: bool
+    value: float
+    threshold: float
+    meaning: str
+
+
+class MaskingRecord(RecordModel):
+    """Does the robust accuracy hold?"""
+
+    verdict: Literal["ok", "suspect", "not_run"] = "not_run"
+    checks: tuple[MaskingCheckRecord, ...] = ()
+
+
+class CurvePoint(RecordModel):
+    """One epoch of a training curve."""
+
+    epoch: int
+    loss: float
+    lr: float
+    eps: float
+    """eps of the inner attack at the end of the epoch, in pixel units."""
+    clean_accuracy: float
+    """On the validation part."""
+    robust_accuracy: float
+    """On the validation part, under the monitor attack (a PGD-10); -1 where it was not run."""
+
+
+class StageRecord(RecordModel):
+    """One row of the table: one network or file, and all that was measured on it."""
+
+    name: StageName
+    label: str
+    """Readable and unique within a record, e.g. "adversarially tuned" holds the word adversarial."""
+    params: int
+    macs: int
+    """Multiply-adds of one image."""
+    size_bytes: int
+    """Bytes of the ONNX file of this network."""
+    packed_bytes: int
+    """Bytes of the weights alone, packed at their bit width, with their scales."""
+    weight_bits: int
+    activation_bits: int
+    pruning_ratio: PruningRatioRecord
+    n: int
+    """Test images behind clean_accuracy."""
+    clean_accuracy: float
+    clean_ci95: tuple[float, float]
+    robust_accuracy: dict[str, float]
+    """Attack name to fraction; and worst_case: right when clean and under every attack run."""
+    robust_n: dict[str, int]
+    robust_ci95: dict[str, tuple[float, float]]
+    per_class: dict[str, dict[str, float]]
+    """Class name to {"n", "clean", "worst_case"}."""
+    latency_s: tuple[LatencyRecord, ...] = ()
+    energy_j_per_image: float | None = None
+    energy_method: str = ""
+    """How the energy was found; says measured or estimated."""
+    train_seconds: float = 0.0
+    """Seconds spent training what this row adds to the row before it."""
+    train_macs: float = 0.0
+    """Multiply-adds of that training, forward and backward, inner attack included."""
+    agreement: AgreementRecord | None = None
+    """Only for the artifact."""
+    masking: MaskingRecord = MaskingRecord()
+    curve: tuple[CurvePoint, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What a reader must know: retries, collapses, warnings."""
+
+
+class Record(RecordModel):
+    """One run."""
+
+    schema_version: int = SCHEMA_VERSION
+    coldforge_version: str
+    recipe: dict[str, Any]
+    provenance: dict[str, Any]
+    """command, created, seed, git_commit, versions{}, hardware{cpu, cores, flags[]}, data{name, fingerprint, train,
+    validation, test}, stage_keys{}, classes[]."""
+    threat_model: ThreatModelRecord
+    stages: tuple[StageRecord, ...] = Field(min_length=1)
+
+    def stage(self, name: StageName, containing: str = "") -> StageRecord | None:
+        """The first stage of that name whose label contains a word, or None."""
+        return next((stage for stage in self.stages if stage.name == name and containing in stage.label), None)
+
+    def to_json(self) -> str:
+        """Indented JSON that ends with a newline."""
+        return self.model_dump_json(indent=2) + "\n"
+
+
+def load_record(path: str | Path) -> Record:
+    """Read ``record.json``, or the one inside a folder.
+
+    Raises:
+        UsageError: where there is none, or it is not a record of this schema.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "record.json"
+    if not file.is_file():
+        raise UsageError(f"expected a record at {file}, found nothing; `coldforge run` writes one into its --out folder")
+    try:
+        record = Record.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise UsageError(f"{file} is not a coldforge record: {error.errors()[0]['msg']}") from None
+    if record.schema_version != SCHEMA_VERSION:
+        raise UsageError(f"{file}: expected schema_version {SCHEMA_VERSION}, got {record.schema_version}")
+    return record

@@ -1,0 +1,11 @@
+"""The report: what a record says, as a terminal table, as figures and as one self-contained HTML page.
+
+This layer reads only records (:mod:`coldforge.records`) and an examples file; it computes nothing that was not measured.
+
+    text      how numbers are written
+    table     the table of stages, for terminal and Markdown, and the one-sentence verdict
+    examples  adversarial examples and what the networks answer, kept as .safetensors
+    plots     static figures: adversarial.png and the trade-off
+    charts    the interactive trade-off plot and the inline SVG curves of the page
+    html      report.html
+"""

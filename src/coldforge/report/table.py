@@ -1,0 +1,399 @@
+"""The table of stages, for terminal, Markdown and page, from one list of rows; and the verdict in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from coldforge.records import LatencyRecord, Record, StageRecord
+from coldforge.report import text
+
+WORST = "worst_case"
+LITERAL = (
+    "Literal threat model: adversarial images may leave the image box [0, 1]; this is the paper's literal protocol."
+)
+SUSPECT = "The masking checks call this robust accuracy suspect: do not rely on it."
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the table."""
+
+    key: str
+    header: str
+    rank: int
+    """Columns with the highest rank are left out first where the terminal is narrow."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one column shows for one stage."""
+
+    text: str
+    detail: str = ""
+    """The second line: a 95 % interval, a speed-up, a method."""
+    flag: str = ""
+    """A warning that must be shown with the text, such as "suspect"."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A latency of a stage, compared with the baseline at the same batch and threads."""
+
+    latency: LatencyRecord
+    speedup_eager: float | None
+    """Against the baseline in eager PyTorch; None where that was not measured."""
+    speedup_same: float | None
+    """Against the baseline in the same runtime; None where that was not measured."""
+
+    @property
+    def speedup(self) -> float | None:
+        """Against eager PyTorch where it was measured, else against the same runtime."""
+        return self.speedup_same if self.speedup_eager is None else self.speedup_eager
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One stage, with what each column shows."""
+
+    stage: StageRecord
+    suspect: bool
+    """The masking verdict is suspect; robust cells then carry the flag."""
+    cells: dict[str, Cell] = field(default_factory=dict)
+
+
+# --- what the record says --------------------------------------------------------------------------------------------
+
+
+def attacks(record: Record) -> list[str]:
+    """Attacks run on any stage, in the recipe's order, without ``worst_case``."""
+    found = dict.fromkeys(name for stage in record.stages for name in stage.robust_accuracy if name != WORST)
+    evaluate = record.recipe.get("evaluate")
+    listed = evaluate.get("attacks", ()) if isinstance(evaluate, dict) else ()
+    order = [name for name in listed if name in found]
+    return order + [name for name in found if name not in order]
+
+
+def subject(record: Record) -> StageRecord:
+    """The stage the report is about: the artifact, else the last of what was tuned, compressed or trained."""
+    for name, word in (("artifact", ""), ("tuned", "adversarial"), ("tuned", ""), ("compressed", "")):
+        found = record.stage(name, word)  # type: ignore[arg-type]
+        if found is not None:
+            return found
+    return record.stages[0]
+
+
+def is_suspect(stage: StageRecord) -> bool:
+    """True where the masking verdict says that the robust accuracy may not hold."""
+    return stage.masking.verdict == "suspect"
+
+
+def _eager(row: LatencyRecord) -> bool:
+    return row.runtime in ("pytorch", "torch")
+
+
+def speed(record: Record, row: LatencyRecord) -> Speed:
+    """Compare one latency with the baseline's at the same batch and threads."""
+    baseline = record.stage("baseline")
+    peers = [
+        peer
+        for peer in (baseline.latency_s if baseline else ())
+        if (peer.batch, peer.threads) == (row.batch, row.threads)
+    ]
+    eager = next((peer for peer in peers if _eager(peer)), None)
+    same = next((peer for peer in peers if peer.runtime == row.runtime), None)
+    return Speed(
+        latency=row,
+        speedup_eager=eager.median / row.median if eager and row.median > 0 else None,
+        speedup_same=same.median / row.median if same and row.median > 0 else None,
+    )
+
+
+def shown_speed(record: Record, stage: StageRecord, batch: int) -> Speed | None:
+    """The latency the table shows: the baseline's in eager PyTorch, any other stage's in ONNX Runtime, if measured."""
+    rows = [row for row in stage.latency_s if row.batch == batch]
+    if not rows:
+        return None
+    wanted = "pytorch" if stage.name == "baseline" else "onnxruntime"
+    return speed(record, next((row for row in rows if row.runtime == wanted), rows[0]))
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def summary_columns(record: Record) -> list[Column]:
+    """The columns that at least one stage fills."""
+    names = [*attacks(record), WORST]
+    columns = [Column("label", "Stage", 0), Column("clean", "clean %", 0)]
+    columns += [Column(name, f"{text.attack(name)} %", 0 if name == WORST else 3) for name in names]
+    columns += [
+        Column("params", "params", 5),
+        Column("macs", "MACs", 2),
+        Column("size", "size", 0),
+        Column("bits", "bits", 1),
+        Column("latency_1", "batch 1", 4),
+        Column("latency_64", "batch 64", 1),
+        Column("energy", "energy", 6),
+        Column("train", "training", 2),
+    ]
+    rows = summary_rows(record)
+    return [column for column in columns if any(row.cells[column.key].text != text.NONE for row in rows)]
+
+
+def summary_rows(record: Record) -> list[SummaryRow]:
+    """One row a stage, in the record's order. Accuracies are printed in per cent with one decimal."""
+    names = [*attacks(record), WORST]
+    rows = []
+    for stage in record.stages:
+        cells = {
+            "label": Cell(stage.label),
+            "clean": Cell(text.percent(stage.clean_accuracy), text.interval(stage.clean_ci95)),
+            **{name: _robust_cell(stage, name) for name in names},
+            "params": Cell(text.millions(stage.params)),
+            "macs": Cell(text.millions(stage.macs)),
+            "size": Cell(text.size(stage.size_bytes)),
+            "bits": Cell(text.bits(stage.weight_bits, stage.activation_bits)),
+            "latency_1": _latency_cell(stage, shown_speed(record, stage, 1)),
+            "latency_64": _latency_cell(stage, shown_speed(record, stage, 64)),
+            "energy": _energy_cell(stage),
+            "train": Cell(text.duration(stage.train_seconds)),
+        }
+        rows.append(SummaryRow(stage=stage, suspect=is_suspect(stage), cells=cells))
+    return rows
+
+
+def _robust_cell(stage: StageRecord, name: str) -> Cell:
+    value = stage.robust_accuracy.get(name)
+    if value is None:
+        return Cell(text.NONE)
+    detail = text.interval(stage.robust_ci95.get(name))
+    count = stage.robust_n.get(name, stage.n)
+    if count != stage.n:
+        detail = f"{detail} (n {count:,})".strip()
+    return Cell(text.percent(value), detail, "suspect" if is_suspect(stage) else "")
+
+
+def _latency_cell(stage: StageRecord, found: Speed | None) -> Cell:
+    if found is None:
+        return Cell(text.NONE)
+    name = "" if found.latency.runtime == "onnxruntime" else text.runtime(found.latency.runtime)
+    factor = "" if stage.name == "baseline" else text.times(found.speedup)
+    return Cell(text.seconds(found.latency.median), f"{factor} {name}".strip())
+
+
+def _energy_cell(stage: StageRecord) -> Cell:
+    if stage.energy_j_per_image is None:
+        return Cell(text.NONE)
+    return Cell(text.energy(stage.energy_j_per_image), text.energy_mark(stage.energy_method))
+
+
+def footnotes(record: Record) -> list[str]:
+    """What must be read together with the table: threat model, n, warnings."""
+    threat = record.threat_model
+    counts = sorted({stage.n for stage in record.stages})
+    images = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    lines = [f"{images} test images; 95 % Wilson intervals."]
+    if attacks(record):
+        lines[0] = (
+            f"Robust: {text.norm(threat.norm)} perturbations up to eps {text.eps(threat.eps)} of the pixel range "
+            f"({text.eps_255(threat.eps_255)}). {lines[0]}"
+        )
+    if any(stage.latency_s for stage in record.stages):
+        base = record.stage("baseline")
+        eager = base is not None and any(_eager(row) for row in base.latency_s)
+        against = "the baseline in eager PyTorch" if eager else "the baseline in the same runtime"
+        lines.append(
+            "Latency: median of a whole batch, in ONNX Runtime unless named; "
+            f"× is the speed-up against {against}, same threads."
+        )
+    if not threat.box:
+        lines.append(LITERAL)
+    labels = [stage.label for stage in record.stages if is_suspect(stage)]
+    if labels:
+        lines.append(f"Suspect ({text.join(labels)}): the masking checks failed; do not rely on these robust numbers.")
+    return lines
+
+
+# --- terminal --------------------------------------------------------------------------------------------------------
+
+
+def summary_table(record: Record, *, width: int | None = None) -> Table:
+    """The table of stages for the terminal.
+
+    Args:
+        record: what was measured.
+        width: columns of the terminal; the least important columns that do not fit are left out, and named in the
+            caption. None shows all.
+    """
+    rows = summary_rows(record)
+    columns, dropped = _fit(summary_columns(record), rows, width)
+    notes = footnotes(record)
+    if dropped:
+        notes.append(f"Left out at this width: {', '.join(dropped)}; report.html and record.json have them.")
+    table = Table(
+        title=Text(str(record.recipe.get("name", "coldforge"))),
+        caption=Text("\n".join(notes)),
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+        pad_edge=False,
+    )
+    for column in columns:
+        table.add_column(Text(column.header), justify="left" if column.key == "label" else "right", no_wrap=True)
+    for row in rows:
+        style = "bold" if row.stage.name == "artifact" else ""
+        table.add_row(*(_rich_cell(row.cells[column.key]) for column in columns), style=style)
+    return table
+
+
+def _rich_cell(cell: Cell) -> Text:
+    shown = Text(cell.text)
+    if cell.flag:
+        shown.append(f" {cell.flag}!", style="bold red")
+    if cell.detail:
+        shown.append(f"\n{cell.detail}", style="dim")
+    return shown
+
+
+def _fit(columns: list[Column], rows: list[SummaryRow], width: int | None) -> tuple[list[Column], list[str]]:
+    """Leave out columns of the highest rank until the rest fits; those of rank 0 stay."""
+
+    def needed(column: Column) -> int:
+        lines = [column.header]
+        for row in rows:
+            lines += _rich_cell(row.cells[column.key]).plain.splitlines()
+        return max(map(len, lines)) + 3  # two of padding, one of the rule
+
+    kept, dropped = list(columns), []
+    while width is not None and sum(map(needed, kept)) > width and any(column.rank for column in kept):
+        last = max(reversed(kept), key=lambda column: column.rank)
+        kept.remove(last)
+        dropped.insert(0, last.header)
+    return kept, dropped
+
+
+# --- Markdown --------------------------------------------------------------------------------------------------------
+
+
+def summary_markdown(record: Record) -> str:
+    """A compact table in Markdown, for README and docs; ends with a newline."""
+    rows = summary_rows(record)
+    keys = ("params", "latency_1", "energy", "train")
+    columns = [column for column in summary_columns(record) if column.key not in keys]
+    lines = [
+        "| " + " | ".join(column.header for column in columns) + " |",
+        "|" + "|".join("---" if column.key == "label" else "---:" for column in columns) + "|",
+    ]
+    for row in rows:
+        cells = []
+        for column in columns:
+            cell = row.cells[column.key]
+            shown = _markdown(cell.text)
+            if cell.flag:
+                shown += f" ({cell.flag})"
+            if column.key.startswith("latency") and cell.detail:
+                shown += f" ({cell.detail})"
+            cells.append(f"**{shown}**" if row.stage.name == "artifact" and column.key == "label" else shown)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *footnotes(record)]) + "\n"
+
+
+def _markdown(value: str) -> str:
+    return value.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", " ")
+
+
+# --- the verdict -----------------------------------------------------------------------------------------------------
+
+
+def headline(record: Record) -> str:
+    """The verdict in a sentence or two, from the record only; says so where the artifact is not better."""
+    stage, base = subject(record), record.stage("baseline")
+    who = {"artifact": "The artifact"}.get(stage.name, f"The {stage.label} network")
+    lead = "" if stage.name == "artifact" else "No artifact was exported. "
+    if base is None or base is stage:
+        lead = "" if stage is base else lead
+        sentence = f"{lead}{who} has {_pct(stage.clean_accuracy)} clean accuracy{_alone(stage, record)}."
+    else:
+        parts = [_clean(stage, base), _robust(stage, base, record), _efficiency(stage, base, record)]
+        found = [part for part in parts if part]
+        body = ", ".join(found[:-1]) + f", and {found[-1]}" if len(found) > 2 else " and ".join(found)
+        sentence = f"{lead}{who} {body}."
+    return f"{sentence} {SUSPECT}" if is_suspect(stage) else sentence
+
+
+def _pct(fraction: float) -> str:
+    return f"{text.percent(fraction)} %"
+
+
+def strongest(stage: StageRecord, record: Record) -> str | None:
+    """The attack that leaves the least robust accuracy (the later one of equals); None where none was run."""
+    names = [name for name in reversed(attacks(record)) if name in stage.robust_accuracy]
+    return min(names, key=lambda name: stage.robust_accuracy[name]) if names else None
+
+
+def _alone(stage: StageRecord, record: Record) -> str:
+    name = strongest(stage, record)
+    return f" and {_pct(stage.robust_accuracy[name])} under {text.attack(name)}" if name else "; no attack was run"
+
+
+def _clean(stage: StageRecord, base: StageRecord) -> str:
+    mine, theirs = stage.clean_accuracy, base.clean_accuracy
+    verb = "reaches" if mine >= theirs else "keeps" if mine >= 0.85 * theirs else "falls to"
+    return f"{verb} {_pct(mine)} clean accuracy (baseline {_pct(theirs)})"
+
+
+def _robust(stage: StageRecord, base: StageRecord, record: Record) -> str:
+    name = strongest(stage, record)
+    if name is None:
+        return "was not attacked, so that its robustness is unknown"
+    mine, theirs = stage.robust_accuracy[name], base.robust_accuracy.get(name)
+    if theirs is None:
+        return f"holds {_pct(mine)} under {text.attack(name)} (baseline not attacked)"
+    low = stage.robust_ci95.get(name, (mine, mine))[0]
+    high = base.robust_ci95.get(name, (theirs, theirs))[1]
+    if low > high:
+        return f"holds {_pct(mine)} under {text.attack(name)} (baseline {_pct(theirs)})"
+    return f"holds {_pct(mine)} under {text.attack(name)}, no measurable gain over the baseline's {_pct(theirs)}"
+
+
+def _efficiency(stage: StageRecord, base: StageRecord, record: Record) -> str:
+    words = []
+    if stage.size_bytes and base.size_bytes:
+        words.append(_compare(base.size_bytes / stage.size_bytes, "smaller", "larger", "about as large as"))
+    found = shown_speed(record, stage, 64) or shown_speed(record, stage, 1)
+    against = ""
+    if found is not None and found.speedup is not None:
+        words.append(_compare(found.speedup, "faster", "slower", "about as fast as"))
+        runtime = text.runtime(found.latency.runtime)
+        if found.speedup_eager is None:
+            against = f" in {runtime}"
+        elif found.speedup_same is not None and not _eager(found.latency):
+            both = _compare(found.speedup_same, "faster", "slower", "about as fast")
+            against = f" in eager PyTorch ({both} with both in {runtime})"
+        else:
+            against = " in eager PyTorch"
+    if not words:
+        return ""
+    return f"is {_than(words)} the dense network{against}"
+
+
+def _compare(ratio: float, better: str, worse: str, equal: str) -> str:
+    if 0.95 < ratio < 1.05:
+        return equal
+    return f"{_factor(ratio)} times {better}" if ratio > 1 else f"{_factor(1 / ratio)} times {worse}"
+
+
+def _factor(ratio: float) -> str:
+    return text.times(ratio).removesuffix("×")
+
+
+def _than(words: Sequence[str]) -> str:
+    """Join comparisons: "3 times smaller and 4 times faster than", "about as large as and 4 times faster than"."""
+    closed = [word if word.endswith(" as") else f"{word} than" for word in words]
+    if len(words) == 2 and not any(word.endswith(" as") for word in words):
+        return f"{words[0]} and {words[1]} than"
+    return " and ".join(closed)

@@ -1,0 +1,23 @@
+"""The stages of the arrow: plain functions from the shop and upstream stages to a declared :class:`Stage`."""
+
+from coldforge.stages.evidence import ONNX_FILE, agree, evaluate, export, gallery, measure
+from coldforge.stages.networks import baseline, control, finetune, prune, quantize, reference
+from coldforge.stages.shop import Shop, Stage, read_json
+
+__all__ = [
+    "ONNX_FILE",
+    "Shop",
+    "Stage",
+    "agree",
+    "baseline",
+    "control",
+    "evaluate",
+    "export",
+    "finetune",
+    "gallery",
+    "measure",
+    "prune",
+    "quantize",
+    "read_json",
+    "reference",
+]

@@ -1,0 +1,219 @@
+"""Stages that find out about a network or a file: export, evaluate, agree, gallery, measure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from coldforge.attacks import parse_attack, predict
+from coldforge.compress import attacking, weight_bit_widths
+from coldforge.deploy import OnnxSession, agreement, export_onnx, open_session, write_probe
+from coldforge.evaluate import evaluate as evaluate_network
+from coldforge.evaluate import summarize
+from coldforge.measure import count_macs, count_params, energy_per_image, measure_latency, packed_bytes
+from coldforge.provenance import hardware_fingerprint, versions
+from coldforge.stages.shop import Report, Shop, Stage, file_digest, write_json
+from coldforge.store import write_atomic
+
+ONNX_FILE = "model.onnx"
+GALLERY_IMAGES = 8
+PROBE_IMAGES = 256
+LATENCY_BATCHES = (1, 64)
+LATENCY_SECONDS = 1.0
+_PGD20 = "pgd-20"
+
+
+def export(shop: Shop, network: Stage, what: str) -> Stage:
+    """Write a network as ONNX and count its cost."""
+    recipe = shop.recipe
+
+    def build(folder: Path, report: Report) -> None:
+        model, structure = shop.network(network)
+        threat_model = shop.threat_model
+        path = folder / ONNX_FILE
+        metadata = {
+            "recipe": recipe.name,
+            "architecture": structure.source,
+            "normalization": json.dumps({"mean": structure.mean, "std": structure.std}),
+            "threat_model": f"{threat_model.norm} {threat_model.eps:g}",
+            "box": "[0, 1]",
+        }
+        export_onnx(model, path, image_shape=structure.image_shape, classes=structure.classes, metadata=metadata)
+        plan, quantization = structure.pruning, structure.quantization
+        cost = {
+            "params": count_params(model),
+            "macs": count_macs(model, structure.image_shape),
+            "size_bytes": path.stat().st_size,
+            "packed_bytes": packed_bytes(weight_bit_widths(model)),
+            "weight_bits": quantization.weight_bits if quantization else 32,
+            "activation_bits": quantization.activation_bits if quantization else 32,
+            "pruning_ratio": {
+                "requested": plan.requested if plan else 0.0,
+                "achieved": plan.achieved if plan else 0.0,
+            },
+            "sha256": file_digest(str(path)),
+        }
+        write_json(folder / "result.json", cost)
+
+    spec = [recipe.name, recipe.threat_model, versions().get("onnx", "")]
+    return shop.declare("export", f"export: {what}", spec, [network], build, reads_data=False, seconds=2.0)
+
+
+def evaluate(shop: Shop, network: Stage, what: str, *, file: Stage | None = None) -> Stage:
+    """Accuracy and robustness of a network; with ``file``, of the file that was exported from it.
+
+    The attacks search on the network, which has gradients; with ``file`` every verdict is the file's, and an image
+    counts as broken only when the file is wrong too.
+    """
+    recipe = shop.recipe
+    attacks = [parse_attack(name) for name in recipe.evaluate.attacks]
+
+    def build(folder: Path, report: Report) -> None:
+        model, structure = shop.network(network)
+        judge = None
+        if file is not None:
+            judge = OnnxSession(shop.folder(file) / ONNX_FILE, threads=recipe.compute.threads).labels
+        ledger = evaluate_network(
+            model,
+            shop.data.test,
+            attacks,
+            shop.threat_model,
+            n=recipe.evaluate.n,
+            seed=recipe.seed,
+            judge=judge,
+            on_progress=report,
+        )
+        ledger.write(folder / "ledger.parquet")
+        found = summarize(ledger, structure.classes)
+        write_json(folder / "result.json", found.__dict__)
+
+    inputs = [network] if file is None else [network, file]
+    queries = sum(attack.restarts * (attack.steps + 1) for attack in attacks)
+    images = recipe.evaluate.n or len(shop.data.test)
+    macs = shop.dense_macs() if what in ("baseline", "reference") else shop.small_macs()
+    broken = 0.3 if "adversarial" not in what and what not in ("artifact", "reference", "control") else 1.0
+    spec = [list(attacks), recipe.threat_model, recipe.evaluate.n, recipe.seed]
+    return shop.declare("evaluate", f"evaluate: {what}", spec, inputs, build, macs=broken * 4.0 * queries * images * macs)
+
+
+def agree(shop: Shop, network: Stage, file: Stage) -> Stage:
+    """How often the file answers like its twin: on clean test images, and on the last PGD-20 iterate of each.
+
+    The last iterates lie deep in the wrong class or firmly in the right one; barely fooled images would measure
+    rounding at the decision border only.
+    """
+    recipe = shop.recipe
+
+    def build(folder: Path, report: Report) -> None:
+        twin, _ = shop.network(network)
+        session = OnnxSession(shop.folder(file) / ONNX_FILE, threads=recipe.compute.threads)
+        test = shop.data.test
+        images, labels = test.pixels(), test.labels
+        attacked = slice(0, recipe.evaluate.n or len(test))
+        with attacking(twin):
+            clean_twin = predict(twin, images).argmax(1)
+            found = parse_attack(_PGD20)(
+                twin,
+                images[attacked],
+                labels[attacked],
+                shop.threat_model,
+                seed=recipe.seed,
+                keep_last=True,
+                on_progress=lambda fraction: report(fraction, _PGD20),
+            )
+            adversarial_twin = predict(twin, found.last).argmax(1)
+        clean_file, adversarial_file = session.labels(images), session.labels(found.last)
+        part = slice(0, min(PROBE_IMAGES, len(found.last)))
+        write_probe(
+            folder / "probe.safetensors",
+            images=test.images[part],
+            adversarial=found.last[part],
+            labels=labels[part],
+            clean_answer=clean_file[part],
+            adversarial_answer=adversarial_file[part],
+        )
+        result = {
+            "clean": agreement(clean_twin, clean_file),
+            "adversarial": agreement(adversarial_twin, adversarial_file),
+            "integer_kernels": session.uses_integer_kernels(),
+        }
+        write_json(folder / "result.json", result)
+
+    images = recipe.evaluate.n or len(shop.data.test)
+    spec = [recipe.threat_model, recipe.evaluate.n, recipe.seed, versions().get("onnxruntime", "")]
+    return shop.declare(
+        "agree", "agreement of file and twin", spec, [network, file], build, macs=84.0 * images * shop.small_macs()
+    )
+
+
+def gallery(shop: Shop, networks: Mapping[str, Stage]) -> Stage:
+    """A few test images, one a class, attacked on each of ``networks`` (label to stage), to be seen."""
+
+    def build(folder: Path, report: Report) -> None:
+        test = shop.data.test
+        firsts = [int((test.labels == label).nonzero()[0, 0]) for label in test.labels.unique().tolist()]
+        chosen = torch.tensor(firsts[:GALLERY_IMAGES])
+        images, labels = test.pixels(chosen), test.labels[chosen]
+        tensors = {"clean": images, "labels": labels}
+        for label, stage in networks.items():
+            network, _ = shop.network(stage)
+            with attacking(network):
+                found = parse_attack(_PGD20)(
+                    network, images, labels, shop.threat_model, seed=shop.recipe.seed, indices=chosen
+                )
+                tensors[f"{label}/adversarial"] = found.adversarial
+                tensors[f"{label}/clean_answer"] = predict(network, images).argmax(1)
+                tensors[f"{label}/adversarial_answer"] = predict(network, found.adversarial).argmax(1)
+        write_atomic(folder / "gallery.safetensors", save({name: part.contiguous() for name, part in tensors.items()}))
+
+    spec = [list(networks), shop.recipe.threat_model, shop.recipe.seed]
+    return shop.declare("gallery", "adversarial examples", spec, list(networks.values()), build, seconds=1.0)
+
+
+def measure(shop: Shop, dense: Stage, files: Mapping[str, Stage]) -> Stage:
+    """Latency and energy of the files (label to export stage) and of the dense network in eager PyTorch, in turns in
+    one run, so that the ratios hold on a noisy machine."""
+    recipe = shop.recipe
+    threads = recipe.compute.threads
+
+    def build(folder: Path, report: Report) -> None:
+        model, structure = shop.network(dense)
+        sessions = {
+            (label, runtime): open_session(shop.folder(stage) / ONNX_FILE, runtime, threads=threads)
+            for label, stage in files.items()
+            for runtime in recipe.deploy.runtimes
+        }
+        images = shop.data.test.pixels(slice(0, max(LATENCY_BATCHES)))
+        rows: dict[str, list[dict[str, Any]]] = {label: [] for label in files}
+        eager = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as its users run it
+        with torch.inference_mode():
+            for batch in LATENCY_BATCHES:
+                part = images[:batch].contiguous()
+                calls: dict[tuple[str, str], Callable[[], object]] = {
+                    who: (lambda session=session, part=part: session.run(part))  # type: ignore[misc]
+                    for who, session in sessions.items()
+                }
+                calls["baseline", "pytorch"] = lambda part=part: eager(part)  # type: ignore[misc]
+                named = {"|".join(who): call for who, call in calls.items()}
+                for name, timing in measure_latency(named, seconds=LATENCY_SECONDS).items():
+                    label, runtime = name.split("|")
+                    row = {"runtime": runtime, "batch": batch, "threads": threads}
+                    row |= {"median": timing.median, "p10": timing.p10, "p90": timing.p90}
+                    rows[label].append(row)
+                report(0.4 * (1 + LATENCY_BATCHES.index(batch)), f"batch {batch}")
+            energy = {}
+            for label in files:
+                session = sessions[label, recipe.deploy.runtimes[0]]
+                joules, method = energy_per_image(lambda session=session: session.run(images), len(images))  # type: ignore[misc]
+                energy[label] = {"joules_per_image": joules, "method": method}
+        eager.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        write_json(folder / "result.json", {"latency": rows, "energy": energy})
+
+    spec = [list(files), recipe.deploy.runtimes, hardware_fingerprint(), versions()]
+    seconds = len(LATENCY_BATCHES) * LATENCY_SECONDS * 2.2 * (len(files) * len(recipe.deploy.runtimes) + 1) + 4
+    return shop.declare("measure", "latency and energy", spec, [dense, *files.values()], build, seconds=seconds)

@@ -1,0 +1,149 @@
+"""The shop: what the stages of one run share, and the making of a stage.
+
+A stage is declared first: its key is known, nothing has been computed. :meth:`Shop.make` looks it up in the store, or
+builds it into a folder that is there whole or not at all. The key is a hash of the stage's spec, of the keys of what it
+reads, of the data's fingerprint, and of the compute settings that change bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from coldforge.attacks import ThreatModel
+from coldforge.compress import Structure, load_network
+from coldforge.data import DataSplits
+from coldforge.measure import count_macs
+from coldforge.models import ModelSource
+from coldforge.progress import Progress
+from coldforge.recipe import Recipe
+from coldforge.store import Store, write_atomic
+from coldforge.store import key as stage_key
+
+VERSION = 1
+"""Raise it when a stage's code changes its results: old entries of the store are then not found any more."""
+
+Report = Callable[[float, str], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One declared stage."""
+
+    kind: str
+    label: str
+    key: str
+    build: Callable[[Path, Report], None]
+    macs: float = 0.0
+    """Multiply-adds it will take, roughly; for the estimate shown before work starts."""
+    seconds: float = 0.0
+    """Seconds it will take besides, roughly."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shop:
+    """What the stages of one run share: the recipe, the data, the architecture, the store."""
+
+    recipe: Recipe
+    """Resolved: nothing is left at "auto" or 0 that changes bits."""
+    data: DataSplits
+    source: ModelSource
+    store: Store
+    progress: Progress = field(default_factory=Progress)
+    _loaded: dict[str, tuple[nn.Module, Structure]] = field(default_factory=dict)
+    _macs: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def threat_model(self) -> ThreatModel:
+        """Ball and box of the recipe."""
+        return ThreatModel.of(self.recipe.threat_model)
+
+    @property
+    def live_source(self) -> ModelSource | None:
+        """The architecture, where it is a live object that no name can rebuild."""
+        return None if self.source.rebuildable else self.source
+
+    def dense_macs(self) -> int:
+        """Multiply-adds of one image in the dense network."""
+        if "dense" not in self._macs:
+            self._macs["dense"] = count_macs(self.source.build(0), self.data.image_shape)
+        return self._macs["dense"]
+
+    def small_macs(self) -> float:
+        """The same for the pruned network, roughly, before it exists."""
+        return self.dense_macs() * (1 - self.recipe.prune.ratio) ** 2
+
+    def declare(
+        self,
+        kind: str,
+        label: str,
+        spec: Sequence[object],
+        inputs: Sequence[Stage],
+        build: Callable[[Path, Report], None],
+        *,
+        reads_data: bool = True,
+        macs: float = 0.0,
+        seconds: float = 0.0,
+    ) -> Stage:
+        """A stage with its key."""
+        compute = [self.recipe.compute.threads, self.recipe.compute.precision, self.recipe.compute.device]
+        upstream = [stage.key for stage in inputs] + ([self.data.fingerprint] if reads_data else [])
+        return Stage(kind, label, stage_key(kind, VERSION, [*spec, compute], upstream), build, macs, seconds)
+
+    def has(self, stage: Stage) -> bool:
+        """Whether the store holds it."""
+        return self.store.has(stage.kind, stage.key)
+
+    def make(self, stage: Stage) -> Path:
+        """The stage's folder; built first if the store does not hold it."""
+        cached = self.has(stage)
+        self.progress.begin(stage.label)
+        folder = self.store.stage(
+            stage.kind,
+            stage.key,
+            lambda work: stage.build(work, self.progress.advance),
+            describe={"label": stage.label, "recipe": self.recipe.name},
+            progress=self.progress,
+        )
+        self.progress.end(stage.label, cached=cached)
+        return folder
+
+    def folder(self, stage: Stage) -> Path:
+        """The folder of a stage that was made."""
+        return self.store.path(stage.kind, stage.key)
+
+    def network(self, stage: Stage) -> tuple[nn.Module, Structure]:
+        """The network of a stage that was made, and its structure. Do not change it."""
+        if stage.key not in self._loaded:
+            network, structure = load_network(self.folder(stage), self.live_source)
+            self._loaded[stage.key] = network.to(memory_format=torch.channels_last), structure  # type: ignore[call-overload]
+        return self._loaded[stage.key]
+
+    def result(self, stage: Stage) -> dict[str, Any]:
+        """What a stage that was made found out, as plain values."""
+        return read_json(self.folder(stage) / "result.json")
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write plain values."""
+    write_atomic(path, json.dumps(values, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read plain values."""
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
+
+
+def file_digest(path: str) -> str:
+    """SHA-256 of a file; environment variables and ~ are expanded. Empty where there is none."""
+    file = Path(os.path.expandvars(path)).expanduser()
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""

@@ -1,0 +1,6 @@
+"""Training: one loop, natural and adversarial, that resumes to the same bits."""
+
+from coldforge.train.loop import TrainResult, train
+from coldforge.train.schedule import learning_rate, ramped_eps
+
+__all__ = ["TrainResult", "learning_rate", "ramped_eps", "train"]

@@ -1,0 +1,242 @@
+"""One training loop for everything: baselines, the reference, the control and fine-tuning, natural or adversarial.
+
+The loop is a function of its arguments: the images of a step, their augmentation and the start of the inner attack are
+drawn from generators keyed by (seed, epoch, step), and a checkpoint holds the rest. So a training that was killed
+continues to the same bits. A network that collapses is started again at a lower rate, and the result says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from coldforge.attacks import PGD, ThreatModel, parse_attack, perturb, predict
+from coldforge.compress import attacking
+from coldforge.data import DataSplits, ImageSet, epoch_batches, steps_per_epoch
+from coldforge.errors import CollapseError, TrainingError
+from coldforge.evaluate import evaluate, summarize
+from coldforge.measure import count_macs
+from coldforge.recipe import TrainSpec, spec_hash
+from coldforge.records import CurvePoint
+from coldforge.train.checkpoint import TrainState, load_state, save_state
+from coldforge.train.schedule import learning_rate, ramped_eps
+
+CHECKPOINT_SECONDS = 15.0
+MONITOR_IMAGES = 512
+MONITOR_ATTACK = "pgd-10"
+RETRY_FACTOR = 1 / 3
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A trained network and how it got there."""
+
+    model: nn.Module
+    curve: tuple[CurvePoint, ...]
+    seconds: float
+    macs: float
+    """Multiply-adds spent: 3 per image and pass of training (forward, two backward), 2 per step of the inner attack."""
+    notes: tuple[str, ...]
+
+
+class _Collapse(Exception):
+    """This attempt failed; the message says how."""
+
+
+def train(
+    model: nn.Module,
+    data: DataSplits,
+    spec: TrainSpec,
+    threat_model: ThreatModel,
+    *,
+    seed: int = 0,
+    precision: str = "fp32",
+    folder: Path | None = None,
+    on_progress: Callable[[float, str], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> TrainResult:
+    """Train a copy of ``model``.
+
+    Args:
+        model: float or fake-quantized classifier; quantizer steps are trained with the weights.
+        data: training images; the validation part watches each epoch and chooses nothing else.
+        spec: objective, inner attack, optimizer, schedule.
+        threat_model: what the inner attack may do, and the monitor's eps.
+        seed: seed of every draw.
+        precision: ``"bf16"`` (autocast) or ``"fp32"``.
+        folder: where a checkpoint is kept every few seconds, and looked for; None: nowhere.
+        on_progress: called with the finished fraction and a line such as "epoch 2/3  loss 0.61".
+        on_note: called with what a person must know.
+
+    Returns:
+        The trained network in evaluation mode, its curve, cost and notes.
+
+    Raises:
+        CollapseError: every attempt collapsed to a constant answer.
+        TrainingError: the loss became NaN in every attempt.
+    """
+    state = (load_state(folder) if folder else None) or TrainState()
+    while True:
+        try:
+            return _attempt(model, data, spec, threat_model, seed, precision, folder, state, on_progress)
+        except _Collapse as collapse:
+            failed = spec.lr * RETRY_FACTOR**state.attempt
+            if state.attempt >= spec.retries:
+                raise (TrainingError if "finite" in str(collapse) else CollapseError)(
+                    f"training collapsed {state.attempt + 1} times, last at lr {failed:.3g}: {collapse}. "
+                    "Lower finetune.lr, raise finetune.epochs or eps_ramp, or prune less"
+                ) from None
+            note = f"training at lr {failed:.3g} collapsed ({collapse}); started again at lr {failed * RETRY_FACTOR:.3g}"
+            state = TrainState(attempt=state.attempt + 1, seconds=state.seconds, notes=(*state.notes, note))
+            if folder:
+                save_state(folder, state)
+            if on_note:
+                on_note(note)
+
+
+def _attempt(
+    model: nn.Module,
+    data: DataSplits,
+    spec: TrainSpec,
+    threat_model: ThreatModel,
+    seed: int,
+    precision: str,
+    folder: Path | None,
+    state: TrainState,
+    on_progress: Callable[[float, str], None] | None,
+) -> TrainResult:
+    fabric = _fabric(precision)
+    network = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(
+        _parameter_groups(network, spec.weight_decay), lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov
+    )
+    if state.model:
+        state.restore(network, optimizer)
+    wrapped, optimizer = fabric.setup(network, optimizer)
+    inner = parse_attack(spec.attack) if spec.objective == "adversarial" else None
+    per_epoch = steps_per_epoch(len(data.train), spec.batch_size)
+    total = per_epoch * spec.epochs
+    peak = spec.lr * RETRY_FACTOR**state.attempt
+    step, epoch_loss, curve, started = state.step, state.epoch_loss, list(state.curve), time.monotonic()
+    saved = started
+
+    def seconds() -> float:
+        return state.seconds + time.monotonic() - started
+
+    while step < total:
+        epoch = step // per_epoch
+        batches = epoch_batches(
+            data.train,
+            batch_size=spec.batch_size,
+            seed=seed,
+            epoch=epoch,
+            augment=data.augment,
+            start=step % per_epoch,
+        )
+        for images, labels, _ in batches:
+            lr = learning_rate(step, total, peak=peak, warmup=spec.warmup, schedule=spec.schedule)
+            eps = ramped_eps(step, total, eps=threat_model.eps, ramp=spec.eps_ramp)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            images = images.contiguous(memory_format=torch.channels_last)
+            if inner is not None:
+                now = replace(threat_model, eps=eps)
+                generator = torch.Generator().manual_seed(int(spec_hash(seed, "inner attack", step)[:15], 16))
+                with attacking(network), fabric.autocast():
+                    images = perturb(network, images, labels, now, inner, generator)
+            network.train()
+            loss = F.cross_entropy(wrapped(images), labels, label_smoothing=spec.label_smoothing)
+            optimizer.zero_grad(set_to_none=True)
+            fabric.backward(loss)
+            optimizer.step()
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise _Collapse(f"the loss is not finite at step {step}")
+            epoch_loss += value
+            step += 1
+            if on_progress is not None:
+                on_progress(step / total, f"epoch {epoch + 1}/{spec.epochs}  loss {value:.3f}")
+            if step % per_epoch == 0:
+                point = _monitor(network, data.validation, threat_model, spec, epoch, epoch_loss / per_epoch, lr, eps)
+                curve.append(point)
+                epoch_loss = 0.0
+                _refuse_collapse(network, data.validation, curve, inner)
+            if folder is not None and time.monotonic() - saved > CHECKPOINT_SECONDS:
+                saved = time.monotonic()
+                now = TrainState(state.attempt, step, epoch_loss, seconds(), tuple(curve), state.notes)
+                save_state(folder, now.holding(network, optimizer))
+    passes = 3 + (2 * inner.steps if inner else 0)
+    macs = float(total * min(spec.batch_size, len(data.train)) * passes) * count_macs(network, data.image_shape)
+    return TrainResult(network.eval(), tuple(curve), seconds(), macs, state.notes)
+
+
+def _fabric(precision: str):  # type: ignore[no-untyped-def]  # Fabric's generics say nothing here
+    from lightning_fabric import Fabric
+
+    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed" if precision == "bf16" else "32-true")
+        fabric.launch()
+    return fabric
+
+
+def _parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Weights (more than one dimension) decay; biases, normalization and quantizer steps do not."""
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _monitor(
+    network: nn.Module,
+    validation: ImageSet,
+    threat_model: ThreatModel,
+    spec: TrainSpec,
+    epoch: int,
+    loss: float,
+    lr: float,
+    eps: float,
+) -> CurvePoint:
+    """Accuracy on the validation part, in fp32: clean, and under PGD at full eps for adversarial training."""
+    watched = validation.take(slice(0, MONITOR_IMAGES))
+    attacks = [parse_attack(MONITOR_ATTACK)] if spec.objective == "adversarial" else []
+    result = summarize(evaluate(network, watched, attacks, threat_model), watched.classes)
+    return CurvePoint(
+        epoch=epoch + 1,
+        loss=loss,
+        lr=lr,
+        eps=eps if attacks else 0.0,
+        clean_accuracy=result.clean_accuracy,
+        robust_accuracy=result.robust_accuracy[MONITOR_ATTACK] if attacks else -1.0,
+    )
+
+
+def _refuse_collapse(network: nn.Module, validation: ImageSet, curve: list[CurvePoint], inner: PGD | None) -> None:
+    """Raise :class:`_Collapse` for a constant answer, and for catastrophic overfitting (Wong et al. 2020): a network
+    that learned to fool its own one-step attack has lost most of the PGD accuracy it had an epoch before."""
+    watched = validation.take(slice(0, MONITOR_IMAGES))
+    answers = predict(network, watched.pixels()).argmax(1)
+    share = float(answers.bincount().max()) / len(answers)
+    expected = float(watched.labels.bincount().max()) / len(answers)
+    if share > 0.95 and expected < 0.9:
+        raise _Collapse(f"{share:.0%} of the validation images get the same answer after epoch {curve[-1].epoch}")
+    if inner is not None and len(curve) > 1:
+        best = max(point.robust_accuracy for point in curve)
+        if best > 0.2 and curve[-1].robust_accuracy < best / 2:
+            raise _Collapse(
+                f"catastrophic overfitting: PGD accuracy fell from {best:.0%} to {curve[-1].robust_accuracy:.0%} "
+                f"in epoch {curve[-1].epoch}"
+            )

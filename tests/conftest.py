@@ -1,0 +1,25 @@
+"""For all tests: one torch thread, no network, a store of their own, the same hypothesis examples each time."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Before torch is imported by any test: xdist runs one process per core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+settings.register_profile("coldforge", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("coldforge")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tests' own store, so that none touches the user's."""
+    home = tmp_path_factory.mktemp("coldforge-home")
+    os.environ["COLDFORGE_HOME"] = str(home)
+    return home

@@ -1,0 +1,190 @@
+"""The table of stages and the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from coldforge.records import LatencyRecord, MaskingRecord, Record, StageRecord
+from coldforge.report.table import (
+    attacks,
+    headline,
+    shown_speed,
+    subject,
+    summary_columns,
+    summary_markdown,
+    summary_rows,
+    summary_table,
+)
+
+Make = Callable[..., Record]
+
+
+def shown(table: Table, width: int) -> str:
+    console = Console(width=width, force_terminal=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def changed(record: Record, name: str, **fields: Any) -> Record:
+    """The record with some fields of one stage replaced."""
+    stages = [
+        StageRecord(**(dict(stage) | fields)) if stage.name == name else stage  # pydantic checks the new values
+        for stage in record.stages
+    ]
+    return record.model_copy(update={"stages": tuple(stages)})
+
+
+def test_rows_hold_the_records_numbers(make_record: Make) -> None:
+    record = make_record()
+    rows = {row.stage.name: row for row in summary_rows(record)}
+    cells = rows["artifact"].cells
+    assert (cells["clean"].text, cells["clean"].detail) == ("84.5", "83.8–85.2")
+    assert (cells["pgd-20"].text, cells["pgd-20"].detail) == ("75.0", "74.2–75.9")
+    assert cells["worst_case"].text == "75.0"
+    assert cells["size"].text == "161 KB"
+    assert cells["macs"].text == "2.48 M"
+    assert cells["bits"].text == "w8 a8"
+    assert (cells["energy"].text, cells["energy"].detail) == ("420 µJ", "estimated")
+    assert rows["baseline"].cells["train"].text == "1 min 01 s"
+    assert [row.stage.label for row in summary_rows(record)] == [stage.label for stage in record.stages]
+
+
+def test_speedup_is_against_eager_pytorch_and_the_same_runtime(make_record: Make) -> None:
+    record = make_record()
+    artifact, baseline = record.stage("artifact"), record.stage("baseline")
+    assert artifact is not None and baseline is not None
+    found = shown_speed(record, artifact, 64)
+    assert found is not None
+    assert found.speedup_eager == pytest.approx(19.0 / 1.5)
+    assert found.speedup_same == pytest.approx(6.0 / 1.5)
+    own = shown_speed(record, baseline, 64)
+    assert own is not None and own.latency.runtime == "pytorch"
+    rows = {row.stage.name: row.cells for row in summary_rows(record)}
+    assert (rows["artifact"]["latency_64"].text, rows["artifact"]["latency_64"].detail) == ("1.50 ms", "12.7×")
+    assert rows["baseline"]["latency_64"].detail == "PyTorch"
+
+
+def test_no_speedup_between_different_thread_counts(make_record: Make) -> None:
+    row = LatencyRecord(runtime="onnxruntime", batch=64, threads=8, median=0.001, p10=0.001, p90=0.001)
+    record = changed(make_record(), "artifact", latency_s=(row,))
+    artifact = record.stage("artifact")
+    assert artifact is not None
+    found = shown_speed(record, artifact, 64)
+    assert found is not None and found.speedup is None
+    assert "times faster" not in headline(record)
+
+
+def test_attacks_follow_the_recipe_and_leave_out_worst_case(make_record: Make) -> None:
+    assert attacks(make_record()) == ["fgsm", "pgd-20"]
+    recipe = {"name": "x", "evaluate": {"attacks": ["pgd-20", "square", "fgsm"]}}
+    assert attacks(make_record(recipe=recipe)) == ["pgd-20", "fgsm"]
+
+
+def test_columns_without_any_number_are_left_out(make_record: Make, minimal_record: Record) -> None:
+    keys = [column.key for column in summary_columns(make_record(latency=False))]
+    assert "latency_64" not in keys and "energy" in keys
+    assert [column.key for column in summary_columns(minimal_record)] == [
+        "label", "clean", "params", "macs", "size", "bits",
+    ]  # fmt: skip
+
+
+def test_a_different_n_is_said_in_the_cell(make_record: Make) -> None:
+    record = changed(make_record(), "artifact", robust_n={"fgsm": 10_000, "pgd-20": 1_000, "worst_case": 1_000})
+    cells = summary_rows(record)[4].cells
+    assert cells["pgd-20"].detail.endswith("(n 1,000)")
+    assert "(n" not in cells["fgsm"].detail
+
+
+def test_suspect_is_never_shown_without_its_flag(make_record: Make, masking_suspect: MaskingRecord) -> None:
+    record = make_record(masking=masking_suspect)
+    for row in summary_rows(record):
+        for key in ("fgsm", "pgd-20", "worst_case"):
+            assert (row.cells[key].flag == "suspect") == row.suspect
+    assert sum(row.suspect for row in summary_rows(record)) == 2
+    for written in (shown(summary_table(record), 250), shown(summary_table(record, width=80), 80)):
+        lines = [line for line in written.splitlines() if "artifact (int8 ONNX)" in line and "75.0" in line]
+        assert lines and all("75.0 suspect!" in line for line in lines)
+    row = next(line for line in summary_markdown(record).splitlines() if "artifact (int8" in line and "|" in line)
+    assert row.count("(suspect)") == 3
+    assert "do not rely on it" in headline(record)
+    assert "suspect" not in headline(make_record())
+
+
+@pytest.mark.parametrize("width", [60, 72, 80, 100, 120, 160, 200])
+def test_nothing_is_cut_off_in_a_terminal(make_record: Make, width: int) -> None:
+    written = shown(summary_table(make_record(), width=width), width)
+    if width >= 72:  # below that even the columns of rank 0 do not fit
+        assert "…" not in written
+        assert "84.5" in written and "75.0" in written and "161 KB" in written
+    if width <= 120:
+        assert "Left out at this width" in " ".join(written.split())
+
+
+def test_the_wide_table_leaves_nothing_out(make_record: Make) -> None:
+    written = shown(summary_table(make_record(), width=200), 200)
+    assert "Left out" not in written
+    assert all(word in written for word in ("params", "batch 1", "energy", "training", "12.7×", "32 min 12 s"))
+
+
+def test_labels_are_text_and_not_markup(make_record: Make) -> None:
+    record = changed(make_record(), "control", label="[red]evil[/red] | <b>")
+    assert "[red]evil[/red]" in shown(summary_table(record), 250)
+    markdown = summary_markdown(record)
+    assert "\\| &lt;b>" in markdown
+    rows = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert len({line.replace("\\|", "").count("|") for line in rows}) == 1
+
+
+def test_literal_threat_model_is_said(make_record: Make) -> None:
+    assert "may leave the image box" in summary_markdown(make_record(box=False))
+    assert "may leave the image box" not in summary_markdown(make_record())
+
+
+def test_headline_of_the_full_record(make_record: Make) -> None:
+    assert headline(make_record()) == (
+        "The artifact keeps 84.5 % clean accuracy (baseline 92.0 %), holds 75.0 % under PGD-20 (baseline 0.3 %), "
+        "and is 13.7 times smaller and 12.7 times faster than the dense network in eager PyTorch "
+        "(4.0 times faster with both in ONNX Runtime)."
+    )
+
+
+def test_headline_without_artifact_or_attack(make_record: Make, minimal_record: Record) -> None:
+    text = headline(make_record(artifact=False))
+    assert text.startswith("No artifact was exported. The adversarially tuned network keeps 84.5 %")
+    assert headline(minimal_record) == "The baseline network has 50.0 % clean accuracy; no attack was run."
+    bare = changed(make_record(), "artifact", robust_accuracy={}, robust_n={}, robust_ci95={})
+    assert "was not attacked, so that its robustness is unknown" in headline(bare)
+
+
+def test_headline_is_honest_where_the_artifact_is_not_better(make_record: Make) -> None:
+    slow = (LatencyRecord(runtime="onnxruntime", batch=64, threads=2, median=0.038, p10=0.03, p90=0.04),)
+    worse = changed(
+        make_record(),
+        "artifact",
+        clean_accuracy=0.1,
+        size_bytes=4_412_000,
+        latency_s=slow,
+        robust_accuracy={"pgd-20": 0.004, "worst_case": 0.004},
+        robust_ci95={"pgd-20": (0.003, 0.0055), "worst_case": (0.003, 0.0055)},
+    )
+    text = headline(worse)
+    assert "falls to 10.0 % clean accuracy (baseline 92.0 %)" in text
+    assert "no measurable gain over the baseline's 0.3 %" in text
+    assert "2.0 times larger and 2.0 times slower than the dense network" in text
+    assert "6.3 times slower with both in ONNX Runtime" in text
+    same = changed(make_record(), "artifact", size_bytes=2_206_000)
+    assert "is about as large as and 12.7 times faster than the dense network" in headline(same)
+    better = changed(make_record(), "artifact", clean_accuracy=0.93)
+    assert headline(better).startswith("The artifact reaches 93.0 %")
+
+
+def test_subject_prefers_the_artifact_then_the_adversarial_arm(make_record: Make, minimal_record: Record) -> None:
+    assert subject(make_record()).name == "artifact"
+    assert subject(make_record(artifact=False)).label == "adversarially tuned"
+    assert subject(minimal_record).name == "baseline"

@@ -1,0 +1,131 @@
+import tomllib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coldforge.errors import RecipeError
+from coldforge.recipe import Recipe, Spec, TrainSpec, load_recipe, preset_names, spec_hash, to_toml
+
+
+def test_an_empty_recipe_is_valid():
+    assert load_recipe({}) == Recipe()
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_load_and_explain_themselves(name):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.description
+
+
+def test_quickstart_is_a_preset_and_the_default():
+    assert load_recipe() == load_recipe("quickstart")
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_toml_round_trip(name, tmp_path):
+    recipe = load_recipe(name)
+    path = tmp_path / "r.toml"
+    path.write_text(to_toml(recipe))
+    assert load_recipe(path) == recipe
+
+
+@given(
+    eps=st.floats(0.001, 0.99),
+    ratio=st.floats(0, 0.99),
+    bits=st.sampled_from([2, 3, 4, 8, 16]),
+    seed=st.integers(0, 2**31),
+    name=st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=20),
+)
+def test_any_recipe_survives_toml(eps, ratio, bits, seed, name):
+    recipe = load_recipe(
+        {
+            "name": name,
+            "seed": seed,
+            "threat_model": {"eps": eps},
+            "prune": {"ratio": ratio},
+            "quantize": {"weight_bits": bits, "activation_bits": bits},
+        }
+    )
+    again = load_recipe(tomllib.loads(to_toml(recipe)))
+    assert again == recipe
+    assert spec_hash(again) == spec_hash(recipe)
+
+
+def test_fractions_and_overrides():
+    overrides = ["threat_model.eps=8/255", "finetune.epochs = 5", "data.source=cifar10", "seed=3"]
+    recipe = load_recipe({}, overrides=overrides)
+    assert recipe.threat_model.eps == 8 / 255
+    assert (recipe.finetune.epochs, recipe.data.source, recipe.seed) == (5, "cifar10", 3)
+    assert load_recipe({}, overrides=["model.train.epochs=2", 'finetune.arms=["adversarial"]']).model.train.epochs == 2
+
+
+def test_the_source_mapping_is_not_changed():
+    table = {"finetune": {"epochs": 2}}
+    load_recipe(table, overrides=["finetune.epochs=5"])
+    assert table == {"finetune": {"epochs": 2}}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("finetune.epoch=5", r"unknown key 'finetune.epoch'; did you mean 'epochs'\?"),
+        ("fine_tune.epochs=5", r"unknown key 'fine_tune'; did you mean 'finetune'\?"),
+        ("model.train.learning_rate=1", "unknown key 'model.train.learning_rate'; valid: .*lr"),
+        ("threat_model.eps=8", r"expected a fraction of the pixel range \[0, 1\], got 8; did you mean 8/255\?"),
+        ("threat_model.eps=0", "threat_model.eps: expected a number above 0, got 0"),
+        ("threat_model.eps=8/0", "expected a number or a fraction such as '8/255', got '8/0'"),
+        ("threat_model.norm=l1", "threat_model.norm: .*'linf' or 'l2', got 'l1'"),
+        ("prune.ratio=1", "prune.ratio: expected a part of the channels, .* got 1; 1 would remove every channel"),
+        ("quantize.weight_bits=3.5", r"quantize.weight_bits: expected a whole number of bits, one of 2, .* got 3.5"),
+        ("quantize.weight_bits=32", "weight_bits and activation_bits both quantized or both 32, got 32 and 8"),
+        ("finetune.arms=[]", r"finetune.arms: expected distinct arms, at least one, got \[\]"),
+        ('finetune.arms=["natural"]', r"deploy.arm: expected one of finetune.arms \['natural'\], got 'adversarial'"),
+        ("finetune.epochs=0", "finetune.epochs: .*greater than or equal to 1, got 0"),
+        ("seed=-1", "seed: .*greater than or equal to 0, got -1"),
+        ("nonsense", "expected key=value, such as finetune.epochs=5, got 'nonsense'"),
+        ("=3", "expected key=value"),
+    ],
+)
+def test_bad_values_are_explained(override, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("quickstart", overrides=[override])
+
+
+def test_a_value_is_not_a_table():
+    with pytest.raises(RecipeError, match=r"seed\.x: 'seed' is a value, not a table"):
+        load_recipe({"seed": 1}, overrides=["seed.x=1"])
+
+
+def test_sources_that_do_not_exist(tmp_path):
+    with pytest.raises(RecipeError, match=r"did you mean 'quickstart'\?"):
+        load_recipe("quickstrat")
+    with pytest.raises(RecipeError, match=r"expected a recipe file, found nothing at .*r\.toml"):
+        load_recipe(tmp_path / "r.toml")
+    (tmp_path / "r.toml").write_text("a = ")
+    with pytest.raises(RecipeError, match=r"r\.toml is not valid TOML"):
+        load_recipe(tmp_path / "r.toml")
+
+
+def test_specs_are_frozen_and_every_key_is_documented():
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe().seed = 2
+
+    def undocumented(spec, path):
+        for name, field in type(spec).model_fields.items():
+            value = getattr(spec, name)
+            if isinstance(value, Spec):
+                yield from undocumented(value, f"{path}{name}.")
+            elif not field.description:
+                yield path + name
+
+    assert list(undocumented(Recipe(), "")) == []
+
+
+def test_hash_depends_on_every_part_and_not_on_the_order_of_keys():
+    assert spec_hash({"a": 1, "b": 2}) == spec_hash({"b": 2, "a": 1})
+    assert spec_hash(TrainSpec()) == spec_hash(TrainSpec())
+    assert len({spec_hash(TrainSpec()), spec_hash(TrainSpec(epochs=4)), spec_hash(TrainSpec(), 1), spec_hash("a")}) == 4
+    # the same on every machine and for ever: a change here makes all stores useless
+    assert spec_hash("baseline", 1, {"eps": 0.1})[:16] == "555a9325e8947306"
