@@ -76,7 +76,6 @@ def test_lines_where_there_is_no_terminal(clock):
         "  data: in the store",
         "  baseline: about 60 s",
         "  tune: about 2 min",
-        "[1/3] data …",
         "[1/3] data: in the store",
         "[2/3] baseline …",
         "[2/3] baseline: 25 %, about 3 min left (epoch 15)",

@@ -1,3 +1,4 @@
+import ast
 import os
 import subprocess
 import sys
@@ -42,6 +43,14 @@ def test_all_is_sorted_and_complete():
 @pytest.mark.parametrize("name", sorted(set(coldforge._HOMES) - {"forge", "run", "load_data"}))
 def test_public_names_resolve(name):
     assert getattr(coldforge, name).__name__ == name
+
+
+@pytest.mark.parametrize("name", ["forge", "load_data", "run"])
+def test_names_that_need_torch_are_defined_where_they_are_looked_for(name):
+    home = Path(coldforge.__file__).parent / coldforge._HOMES[name]
+    file = home / "__init__.py" if home.is_dir() else home.with_suffix(".py")
+    nodes = ast.walk(ast.parse(file.read_text()))
+    assert name in {getattr(node, "name", "") for node in nodes if isinstance(node, (ast.FunctionDef, ast.alias))}
 
 
 def test_unknown_name():

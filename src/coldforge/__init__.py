@@ -7,7 +7,8 @@ small network is cheaper to attack and to train. Size, speed and robustness are 
 Thorsteinsson, Henriksen, Chen, Selvan, arXiv 2403.09441.
 
     import coldforge
-    record = coldforge.run(coldforge.load_recipe("quickstart"), out="coldforge-quickstart")
+    forged = coldforge.forge(model, "fashion-mnist", settings={"threat_model.eps": 0.1})
+    forged.session().labels(images)
 
 Names are loaded on first use: ``import coldforge`` does not import torch.
 """
@@ -19,9 +20,10 @@ from typing import TYPE_CHECKING
 from coldforge._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from coldforge.api import Forged as Forged
+    from coldforge.api import forge as forge
     from coldforge.data import load_data as load_data
     from coldforge.errors import ColdforgeError as ColdforgeError
-    from coldforge.pipeline import forge as forge
     from coldforge.pipeline import run as run
     from coldforge.progress import Progress as Progress
     from coldforge.recipe import Recipe as Recipe
@@ -36,7 +38,8 @@ _HOMES = {
     "Recipe": "recipe",
     "Record": "records",
     "Store": "store",
-    "forge": "pipeline",
+    "Forged": "api",
+    "forge": "api",
     "load_data": "data",
     "load_recipe": "recipe",
     "load_record": "records",
@@ -45,6 +48,7 @@ _HOMES = {
 
 __all__ = [
     "ColdforgeError",
+    "Forged",
     "Progress",
     "Recipe",
     "Record",

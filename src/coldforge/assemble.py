@@ -12,6 +12,7 @@ import torch
 
 from coldforge._version import __version__
 from coldforge.errors import StoreError
+from coldforge.models import channels_last
 from coldforge.provenance import provenance
 from coldforge.recipe import to_toml
 from coldforge.records import (
@@ -67,10 +68,10 @@ def record(shop: Shop, made: Arrow, command: str = "") -> Record:
         coldforge_version=__version__,
         recipe=recipe.model_dump(mode="json"),
         provenance=origin,
-        threat_model=ThreatModelRecord(norm=threat.norm, eps=threat.eps, eps_255=threat.eps * 255, box=threat.box),
-        stages=tuple(
-            _row(shop, made, row) for row in _LABELS if f"evaluate: {row}" in made.evidence
+        threat_model=ThreatModelRecord(
+            norm=threat.norm, eps=threat.eps, eps_255=threat.eps * 255, box=not threat.literal
         ),
+        stages=tuple(_row(shop, made, row) for row in _LABELS if f"evaluate: {row}" in made.evidence),
     )
 
 
@@ -159,7 +160,7 @@ def _copy(source: Path, target: Path) -> None:
 
 def macs_per_second(shop: Shop) -> float:
     """Multiply-adds a second of training on this machine, from a moment of forward and backward passes."""
-    network = shop.source.build(0).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = channels_last(shop.source.build(0))
     images = torch.zeros(64, *shop.data.image_shape)
     begin, passes = time.monotonic(), 0
     while passes < 2 or time.monotonic() - begin < 0.3:
@@ -169,5 +170,3 @@ def macs_per_second(shop: Shop) -> float:
             network(images).sum().backward()
         passes += 1
     return (passes - 1) * len(images) * 3 * shop.dense_macs() / (time.monotonic() - begin)
-
-

@@ -22,7 +22,6 @@ from coldforge.errors import ColdforgeError, Interrupted, RecipeError, UsageErro
 if TYPE_CHECKING:
     from coldforge.console import RichProgress
     from coldforge.recipe import Recipe
-    from coldforge.records import Record
     from coldforge.store import Store
 
 CONTINUE = "interrupted; finished stages are kept; run the same command again to continue"
@@ -117,11 +116,12 @@ def run(
     command = shlex.join(["coldforge", "run", recipe, *(word for text in set_ for word in ("--set", text))])
 
     from coldforge.pipeline import run as run_recipe
+    from coldforge.report.folder import draw
 
     with _progress(quiet) as progress:
         record = run_recipe(resolved, out=folder, store=_store(), progress=progress, command=command)
         progress.begin("report")
-        _draw(folder, record)
+        draw(folder)
         progress.end("report")
     if json:
         sys.stdout.write(record.to_json())
@@ -148,31 +148,6 @@ def _plan(recipe: Recipe, json: bool) -> None:
     sys.stdout.write(plan_line(steps) + "\n")
 
 
-def _draw(folder: Path, record: Record) -> Path:
-    """Write report.html and adversarial.png from the files in a run's folder."""
-    import numpy as np
-    from safetensors.numpy import load_file
-
-    from coldforge.report.examples import Examples
-    from coldforge.report.html import write_report
-
-    gallery = folder / "gallery.safetensors"
-    examples = None
-    if gallery.is_file():
-        arrays = load_file(gallery)
-        rows = sorted(name.removesuffix("/adversarial") for name in arrays if name.endswith("/adversarial"))
-        examples = Examples(
-            clean=arrays["clean"].astype(np.float32),
-            labels=arrays["labels"].astype(np.int64),
-            classes=tuple(record.provenance["classes"]),
-            adversarial={row: arrays[f"{row}/adversarial"].astype(np.float32) for row in rows},
-            predictions={row: (arrays[f"{row}/clean_answer"], arrays[f"{row}/adversarial_answer"]) for row in rows},
-            eps=record.threat_model.eps,
-            norm=record.threat_model.norm,
-        )
-    return write_report(record, folder, examples)
-
-
 def _progress(quiet: bool) -> RichProgress:
     from rich.console import Console
 
@@ -194,9 +169,9 @@ def report(folder: Path, /) -> None:
     Args:
         folder: where a run has left its record.json.
     """
-    from coldforge.records import load_record
+    from coldforge.report.folder import draw
 
-    sys.stdout.write(f"{_draw(folder, load_record(folder))}\n")
+    sys.stdout.write(f"{draw(folder)}\n")
 
 
 # --- the file on its machine -----------------------------------------------------------------------------------------

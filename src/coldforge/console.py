@@ -194,6 +194,7 @@ class RichProgress(Progress):
         self._forecast = Forecast((), clock)
         self._count = self._done = 0
         self._label = ""
+        self._cached: set[str] = set()
         self._last_line = 0.0
         self._bars: Bars | None = None
         self._run = self._stage = TaskID(0)
@@ -212,6 +213,7 @@ class RichProgress(Progress):
         """Say what is to come and how long it takes; start the bar."""
         self._forecast = Forecast(steps, self._clock)
         self._count, self._done = len(steps), 0
+        self._cached = {step.label for step in steps if step.cached}
         if self._quiet:
             return
         self._say(plan_line(steps))
@@ -231,7 +233,7 @@ class RichProgress(Progress):
         self._last_line = self._clock()
         if self._quiet:
             return
-        if self._bars is None:
+        if self._bars is None and label not in self._cached:  # of these, one line is enough
             self._say(f"{self._number()} {label} …")
         self._show(0.0, "")
 

@@ -1,17 +1,17 @@
 """The exception tree. Every message says what was expected, what was found and what to do.
 
-    ColdforgeError
-    ├── RecipeError        a key or a value of a recipe (also a ValueError); the CLI exits with 2
-    ├── UsageError         a wrong call of a command or a function; the CLI exits with 2
-    ├── DataError          a data set is missing, damaged or does not fit
-    ├── ModelError         a network or a checkpoint cannot be used
-    │   └── TraceError     a network cannot be traced; names the layer
-    ├── AttackError        an attack would give a number that means nothing
-    ├── TrainingError      training failed and could not be saved by a retry
-    │   └── CollapseError  the network fell to a constant answer
-    ├── ExportError        the ONNX file could not be written or does not match its twin
-    ├── StoreError         the store cannot be read or written
-    └── Interrupted        stopped by the user; says how to continue (also a KeyboardInterrupt)
+ColdforgeError
+├── RecipeError        a key or a value of a recipe (also a ValueError); the CLI exits with 2
+├── UsageError         a wrong call of a command or a function; the CLI exits with 2
+├── DataError          a data set is missing, damaged or does not fit
+├── ModelError         a network or a checkpoint cannot be used
+│   └── TraceError     a network cannot be traced; names the layer
+├── AttackError        an attack would give a number that means nothing
+├── TrainingError      training failed and could not be saved by a retry
+│   └── CollapseError  the network fell to a constant answer
+├── ExportError        the ONNX file could not be written or does not match its twin
+├── StoreError         the store cannot be read or written
+└── Interrupted        stopped by the user; says how to continue (also a KeyboardInterrupt)
 """
 
 from __future__ import annotations

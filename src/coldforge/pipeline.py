@@ -2,12 +2,13 @@
 
     recipe -> data -> baseline -> prune -> quantize -> fine-tune -> export -> evaluate + measure -> record
 
-:func:`arrow` declares the stages and what each reads; :func:`run` makes them in that order, finding in the store what was
-made before, and writes the folder that a user takes away. The report is drawn from that folder.
+:func:`arrow` declares the stages and what each reads; :func:`run` makes them in that order, finding in the store what
+was made before, and writes the folder that a user takes away. The report is drawn from that folder.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,7 +52,7 @@ def arrow(shop: Shop) -> Arrow:
     parent = stages.prune(shop, baseline)
     compressed = stages.quantize(shop, parent)
     tuned = {arm: stages.finetune(shop, compressed, arm) for arm in recipe.finetune.arms if arm != "none"}
-    twin = tuned.get(recipe.deploy.arm, compressed)
+    twin = compressed if recipe.deploy.arm == "none" else tuned[recipe.deploy.arm]
 
     networks = {"baseline": baseline, "parent": parent, "compressed": compressed}
     networks |= {f"tuned: {arm}": stage for arm, stage in tuned.items()}
@@ -103,6 +104,8 @@ def run(
     """
     with _shop(recipe, store, progress, model, data) as shop:
         made = arrow(shop)
+        if recipe.model.checkpoint and not shop.recipe.model.checkpoint:
+            shop.progress.note(f"{recipe.model.checkpoint} is not set: the baseline is trained here")
         shop.progress.plan(_steps(shop, made))
         if out is not None:
             assemble.check_writable(out)
@@ -121,7 +124,8 @@ def plan(recipe: Recipe, *, store: Store | None = None) -> list[Step]:
 
 
 def resolve(recipe: Recipe) -> Recipe:
-    """Replace every "auto" that depends on the machine by what it means here; check the names of attacks.
+    """Replace every "auto", 0 and environment variable that depends on the machine by what it means here; check the
+    names of attacks.
 
     Raises:
         RecipeError: an attack is not known.
@@ -132,8 +136,17 @@ def resolve(recipe: Recipe) -> Recipe:
     threads = compute.threads or min(physical_cores(), 8)
     precision = compute.precision if compute.precision != "auto" else ("bf16" if has_bf16() else "fp32")
     return recipe.model_copy(
-        update={"compute": compute.model_copy(update={"threads": threads, "precision": precision})}
+        update={
+            "compute": compute.model_copy(update={"threads": threads, "precision": precision}),
+            "model": recipe.model.model_copy(update={"checkpoint": _expand(recipe.model.checkpoint)}),
+        }
     )
+
+
+def _expand(checkpoint: str) -> str:
+    """Environment variables filled in; a path that begins with one that is not set is no path."""
+    expanded = os.path.expandvars(checkpoint)
+    return "" if expanded.startswith("$") else expanded
 
 
 @contextmanager

@@ -168,7 +168,9 @@ def load_record(path: str | Path) -> Record:
     if file.is_dir():
         file = file / "record.json"
     if not file.is_file():
-        raise UsageError(f"expected a record at {file}, found nothing; `coldforge run` writes one into its --out folder")
+        raise UsageError(
+            f"expected a record at {file}, found nothing; `coldforge run` writes one into its --out folder"
+        )
     try:
         record = Record.model_validate_json(file.read_bytes())
     except ValidationError as error:

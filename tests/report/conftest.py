@@ -160,22 +160,43 @@ def build_record(
     tough = _robust(0.7912, 0.7503, 0.7498)
     stages = [
         _stage(
-            "baseline", "baseline", 0.9203, classes, latency_s=dense, train_seconds=61.0, train_macs=1.4e13,
-            per_class=_per_class(0.92, 0.0, classes), energy_j_per_image=0.0061, **energy,
+            "baseline",
+            "baseline",
+            0.9203,
+            classes,
+            latency_s=dense,
+            train_seconds=61.0,
+            train_macs=1.4e13,
+            per_class=_per_class(0.92, 0.0, classes),
+            energy_j_per_image=0.0061,
+            **energy,
             curve=_curve([0.83, 0.87, 0.885, 0.9, 0.908, 0.915, 0.918, 0.9215], [-1] * 8, eps=0.0),
             **_robust(0.0821, 0.0031, 0.0029),
         ),
         _stage("compressed", "compressed", 0.8504, classes, latency_s=small, **_robust(0.0502, 0.0022, 0.0021)),
         _stage(
-            "tuned", "naturally tuned", 0.9152, classes, train_seconds=21.4, train_macs=1.6e12,
-            curve=_curve([0.902, 0.911, 0.916], [0.006, 0.005, 0.005], eps=0.0), **_robust(0.0911, 0.0053, 0.0051),
+            "tuned",
+            "naturally tuned",
+            0.9152,
+            classes,
+            train_seconds=21.4,
+            train_macs=1.6e12,
+            curve=_curve([0.902, 0.911, 0.916], [0.006, 0.005, 0.005], eps=0.0),
+            **_robust(0.0911, 0.0053, 0.0051),
         ),
         _stage(
-            "tuned", "adversarially tuned", 0.8449, classes, train_seconds=64.8, train_macs=3.4e12,
-            curve=_curve([0.81, 0.832, 0.846], [0.64, 0.723, 0.752]), masking=masking, **tough,
+            "tuned",
+            "adversarially tuned",
+            0.8449,
+            classes,
+            train_seconds=64.8,
+            train_macs=3.4e12,
+            curve=_curve([0.81, 0.832, 0.846], [0.64, 0.723, 0.752]),
+            masking=masking,
+            **tough,
             notes=("Training collapsed at lr 0.05 in epoch 1 and was started again at lr 0.0167.",),
         ),
-    ]  # fmt: skip
+    ]
     if artifact:
         stages.append(
             _stage(
@@ -190,20 +211,32 @@ def build_record(
                 **energy,
                 per_class=_per_class(0.845, 0.75, classes),
                 **tough,
-            )  # fmt: skip
+            )
         )
     if extras:
         stages += [
             _stage(
-                "reference", "dense adversarially trained", 0.8631, classes, train_seconds=1932.0, train_macs=4.1e14,
-                latency_s=dense, curve=_curve([0.80, 0.83, 0.85, 0.86], [0.70, 0.74, 0.76, 0.773]),
+                "reference",
+                "dense adversarially trained",
+                0.8631,
+                classes,
+                train_seconds=1932.0,
+                train_macs=4.1e14,
+                latency_s=dense,
+                curve=_curve([0.80, 0.83, 0.85, 0.86], [0.70, 0.74, 0.76, 0.773]),
                 **_robust(0.8100, 0.7731, 0.7729),
             ),
             _stage(
-                "control", "control from scratch", 0.8012, classes, train_seconds=64.9, train_macs=3.4e12,
-                curve=_curve([0.70, 0.77, 0.80], [0.55, 0.66, 0.691]), **_robust(0.7366, 0.6921, 0.6919),
+                "control",
+                "control from scratch",
+                0.8012,
+                classes,
+                train_seconds=64.9,
+                train_macs=3.4e12,
+                curve=_curve([0.70, 0.77, 0.80], [0.55, 0.66, 0.691]),
+                **_robust(0.7366, 0.6921, 0.6919),
             ),
-        ]  # fmt: skip
+        ]
     resolved = Recipe(name=name).model_dump(mode="json") if recipe is None else recipe
     return Record(
         coldforge_version="0.1.0",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -100,7 +101,7 @@ def test_the_page_holds_every_part(make_record: Make, make_examples: Callable[..
     places = [page.text.index(title) for title in titles]
     assert places == sorted(places)
     for words in ("99.97 %", "99.91 %", "Ankle boot", "Training collapsed at lr 0.05", "AMD EPYC", "avx512_vnni",
-                  "86.4 µs to 101 µs", "estimated (10 W per busy core x CPU seconds)", "[finetune]", "25.5/255"):  # fmt: skip
+                  "86.4 µs to 101 µs", "estimated (10 W per busy core x", "[finetune]", "25.5/255"):  # fmt: skip
         assert words in page.text, words
     assert [e for e in page.elements if e[0] == "svg"], "training curves"
     assert {"compressed", "naturally tuned", "dense adversarially trained"} <= set(
@@ -116,7 +117,9 @@ def test_it_asks_nobody_for_anything(make_record: Make, make_examples: Callable[
             assert re.match(r"^(#|data:|$)", attributes.get(name, "")), (tag, name)
         assert "url(" not in attributes.get("style", "")
     policy = [a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
-    assert len(policy) == 1 and policy[0].startswith("default-src 'none';") and "http" not in policy[0]
+    assert len(policy) == 1
+    assert policy[0].startswith("default-src 'none';")
+    assert "http" not in policy[0]
 
 
 def test_it_is_accessible(make_record: Make, make_examples: Callable[..., Examples]) -> None:
@@ -124,7 +127,7 @@ def test_it_is_accessible(make_record: Make, make_examples: Callable[..., Exampl
     assert ("html", {"lang": "en"}) in page.elements
     assert [tag for tag, _ in page.elements if tag == "h1"] == ["h1"]
     levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch(r"h[1-6]", tag)]
-    assert all(b <= a + 1 for a, b in zip(levels, levels[1:], strict=False))
+    assert all(b <= a + 1 for a, b in itertools.pairwise(levels))
     assert all(a.get("alt") for tag, a in page.elements if tag == "img")
     assert all(a.get("aria-label") for tag, a in page.elements if tag == "svg")
     assert all(a.get("scope") in ("row", "col") for tag, a in page.elements if tag == "th")
@@ -200,7 +203,7 @@ def test_write_report(make_record: Make, make_examples: Callable[..., Examples],
     assert (target.parent / "adversarial.png").read_bytes().startswith(b"\x89PNG")
     assert target.stat().st_size < 8_000_000
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="expected to write the report into .*file"):
+    with pytest.raises(StoreError, match=r"expected to write the report into .*file"):
         write_report(make_record(), tmp_path / "file")
 
 
@@ -215,7 +218,7 @@ def _chromium() -> str | None:
 
 
 @pytest.fixture(scope="session")
-def dump(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], str]]:
+def dump(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], str]:
     """The document of a local page after its scripts ran, from headless Chromium."""
     binary = _chromium()
     if binary is None:
@@ -231,7 +234,7 @@ def dump(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], 
         ]  # fmt: skip
         return subprocess.run(command, capture_output=True, check=True, timeout=120).stdout.decode()
 
-    yield run
+    return run
 
 
 PROBE = """<script>addEventListener("load", () => setTimeout(() => {
@@ -247,7 +250,7 @@ def framed(folder: Path, source: str, width: int) -> Path:
     outer = folder / f"outer{width}.html"
     outer.write_text(
         f'<iframe src="inner{width}.html" width="{width}" height="800" style="border:0"></iframe><p id="probe"></p>'
-        "<script>addEventListener('message', (e) => { document.getElementById('probe').textContent = e.data; });</script>"
+        "<script>addEventListener('message', (e) => document.getElementById('probe').append(e.data));</script>"
     )
     return outer
 
@@ -285,7 +288,8 @@ def test_in_chromium_the_body_never_scrolls_sideways(
     scroll_width, inner_width, drawings, points, pwned = map(int, found[1].split(","))
     assert inner_width == width
     assert scroll_width <= inner_width
-    assert drawings >= 2 and points == len(record.stages)
+    assert drawings >= 2
+    assert points == len(record.stages)
     assert pwned == 0
 
 

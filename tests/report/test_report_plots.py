@@ -16,7 +16,6 @@ from coldforge.errors import UsageError
 from coldforge.records import MaskingRecord, Record
 from coldforge.report.examples import Examples, load_examples, save_examples
 from coldforge.report.plots import (
-    Point,
     adversarial_figure,
     axis_range,
     bubble_px,
@@ -78,20 +77,21 @@ def test_adversarial_figure_draws_images_and_answers(
     make_examples: Callable[..., Examples], channels: int, side: int
 ) -> None:
     image = pixels(adversarial_figure(make_examples(count=4, channels=channels, side=side)))
-    assert image.shape[0] > 600 and image.shape[1] > 600
+    assert image.shape[0] > 600
+    assert image.shape[1] > 600
     green = (np.abs(image - np.array([0x1A, 0x7F, 0x4B]) / 255).max(axis=-1) < 0.02).sum()
     red = (np.abs(image - np.array([0xC0, 0x27, 0x2D]) / 255).max(axis=-1) < 0.02).sum()
-    assert green > 50 and red > 50
+    assert green > 50
+    assert red > 50
 
 
 def test_adversarial_figure_shows_wrong_answers_in_red_only_where_there_are_any(
     make_examples: Callable[..., Examples],
 ) -> None:
     examples = make_examples(count=2)
-    right = {label: (examples.labels, examples.labels) for label in examples.adversarial}
-    image = pixels(adversarial_figure(dataclasses.replace(examples, predictions=right, adversarial={
-        label: examples.clean for label in examples.adversarial  # no perturbation: nothing red in the images either
-    })))  # fmt: skip
+    right = dict.fromkeys(examples.adversarial, (examples.labels, examples.labels))
+    same = dict.fromkeys(examples.adversarial, examples.clean)  # no perturbation: nothing red in the images either
+    image = pixels(adversarial_figure(dataclasses.replace(examples, predictions=right, adversarial=same)))
     assert not (np.abs(image - np.array([0xC0, 0x27, 0x2D]) / 255).max(axis=-1) < 0.02).any()
 
 
@@ -110,9 +110,9 @@ def test_tradeoff_holds_every_attacked_stage(make_record: Make, minimal_record: 
     record = make_record()
     points = tradeoff_points(record)
     assert [point.label for point in points] == [stage.label for stage in record.stages]
-    assert points[4] == Point(
-        "artifact (int8 ONNX)", "artifact", pytest.approx(84.48), pytest.approx(74.98), 161_300, False
-    )  # type: ignore[arg-type]
+    artifact = points[4]
+    assert (artifact.label, artifact.kind, artifact.size_bytes) == ("artifact (int8 ONNX)", "artifact", 161_300)
+    assert (artifact.clean, artifact.robust) == pytest.approx((84.48, 74.98))
     assert [point.kind for point in points[2:4]] == ["natural", "adversarial"]
     assert tradeoff_path(record) == [(0, 1), (1, 4)]
     assert tradeoff_path(make_record(artifact=False)) == [(0, 1)]
@@ -144,7 +144,8 @@ def test_bubble_area_is_the_file_size() -> None:
 
 def test_axis_has_room_even_for_one_point() -> None:
     low, high = axis_range([50.0])
-    assert low < 45 and high > 55
+    assert low < 45
+    assert high > 55
     assert axis_range([0.0, 100.0]) == (-8.0, 108.0)
 
 
@@ -152,6 +153,7 @@ def test_labels_of_coinciding_bubbles_do_not_overlap() -> None:
     centers, sizes = [(200.0, 150.0)] * 3, [(100.0, 14.0)] * 3
     placed = place_labels(centers, [8.0] * 3, sizes, (400.0, 300.0))
     for i, (x, y) in enumerate(placed):
-        assert 50 <= x <= 350 and 7 <= y <= 293
+        assert 50 <= x <= 350
+        assert 7 <= y <= 293
         for other_x, other_y in placed[:i]:
             assert abs(x - other_x) >= 99.9 or abs(y - other_y) >= 13.9

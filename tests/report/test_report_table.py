@@ -58,13 +58,15 @@ def test_rows_hold_the_records_numbers(make_record: Make) -> None:
 def test_speedup_is_against_eager_pytorch_and_the_same_runtime(make_record: Make) -> None:
     record = make_record()
     artifact, baseline = record.stage("artifact"), record.stage("baseline")
-    assert artifact is not None and baseline is not None
+    assert artifact is not None
+    assert baseline is not None
     found = shown_speed(record, artifact, 64)
     assert found is not None
     assert found.speedup_eager == pytest.approx(19.0 / 1.5)
     assert found.speedup_same == pytest.approx(6.0 / 1.5)
     own = shown_speed(record, baseline, 64)
-    assert own is not None and own.latency.runtime == "pytorch"
+    assert own is not None
+    assert own.latency.runtime == "pytorch"
     rows = {row.stage.name: row.cells for row in summary_rows(record)}
     assert (rows["artifact"]["latency_64"].text, rows["artifact"]["latency_64"].detail) == ("1.50 ms", "12.7×")
     assert rows["baseline"]["latency_64"].detail == "PyTorch"
@@ -76,7 +78,8 @@ def test_no_speedup_between_different_thread_counts(make_record: Make) -> None:
     artifact = record.stage("artifact")
     assert artifact is not None
     found = shown_speed(record, artifact, 64)
-    assert found is not None and found.speedup is None
+    assert found is not None
+    assert found.speedup is None
     assert "times faster" not in headline(record)
 
 
@@ -88,7 +91,8 @@ def test_attacks_follow_the_recipe_and_leave_out_worst_case(make_record: Make) -
 
 def test_columns_without_any_number_are_left_out(make_record: Make, minimal_record: Record) -> None:
     keys = [column.key for column in summary_columns(make_record(latency=False))]
-    assert "latency_64" not in keys and "energy" in keys
+    assert "latency_64" not in keys
+    assert "energy" in keys
     assert [column.key for column in summary_columns(minimal_record)] == [
         "label", "clean", "params", "macs", "size", "bits",
     ]  # fmt: skip
@@ -109,9 +113,10 @@ def test_suspect_is_never_shown_without_its_flag(make_record: Make, masking_susp
     assert sum(row.suspect for row in summary_rows(record)) == 2
     for written in (shown(summary_table(record), 250), shown(summary_table(record, width=80), 80)):
         lines = [line for line in written.splitlines() if "artifact (int8 ONNX)" in line and "75.0" in line]
-        assert lines and all("75.0 suspect!" in line for line in lines)
-    row = next(line for line in summary_markdown(record).splitlines() if "artifact (int8" in line and "|" in line)
-    assert row.count("(suspect)") == 3
+        assert lines
+        assert all("75.0 suspect!" in line for line in lines)
+    lines = [line for line in summary_markdown(record).splitlines() if "artifact (int8" in line and "|" in line]
+    assert lines[0].count("(suspect)") == 3
     assert "do not rely on it" in headline(record)
     assert "suspect" not in headline(make_record())
 
@@ -121,7 +126,9 @@ def test_nothing_is_cut_off_in_a_terminal(make_record: Make, width: int) -> None
     written = shown(summary_table(make_record(), width=width), width)
     if width >= 72:  # below that even the columns of rank 0 do not fit
         assert "…" not in written
-        assert "84.5" in written and "75.0" in written and "161 KB" in written
+        assert "84.5" in written
+        assert "75.0" in written
+        assert "161 KB" in written
     if width <= 120:
         assert "Left out at this width" in " ".join(written.split())
 

@@ -29,16 +29,19 @@ class ThreatModel:
     @classmethod
     def of(cls, spec: ThreatModelSpec) -> ThreatModel:
         """From a recipe's table."""
-        return cls(spec.norm, spec.eps, spec.box)
+        return cls(spec.norm, spec.eps, box=not spec.literal)
 
     def size(self, perturbations: Tensor) -> Tensor:
         """Norm of each perturbation ``(N, ...)``, as ``(N,)``."""
         flat = perturbations.flatten(1)
-        return flat.abs().amax(1) if self.norm == "linf" else flat.norm(dim=1)
+        order = float("inf") if self.norm == "linf" else 2.0
+        sizes: Tensor = torch.linalg.vector_norm(flat, order, dim=1)
+        return sizes
 
     def project(self, points: Tensor, clean: Tensor) -> Tensor:
         """The nearest allowed points: first onto the ball, then into the box (exact for linf; for l2 the second
-        step only shrinks the perturbation, so the result stays allowed)."""
+        step only shrinks the perturbation, so the result stays allowed).
+        """
         if self.norm == "linf":
             points = torch.minimum(torch.maximum(points, clean - self.eps), clean + self.eps)
         else:

@@ -1,6 +1,6 @@
 """Compression: structured channel pruning, quantization, and checkpoints that replay both without pickle."""
 
-from coldforge.compress.checkpoint import Structure, build, load_network, save_network
+from coldforge.compress.checkpoint import Structure, build, load_network, read_structure, save_network
 from coldforge.compress.fakequant import ActivationQuantizer, QuantizedLayer, attacking, fake_quantize
 from coldforge.compress.graph import fold_batchnorm, trace
 from coldforge.compress.prune import PruningPlan, prune, replay
@@ -20,6 +20,7 @@ __all__ = [
     "load_network",
     "prune",
     "quantize",
+    "read_structure",
     "replay",
     "save_network",
     "trace",

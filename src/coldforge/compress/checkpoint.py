@@ -76,13 +76,10 @@ def load_network(folder: str | Path, source: ModelSource | None = None) -> tuple
         ModelError: a file is missing or damaged, or does not fit the architecture.
     """
     folder = Path(folder)
-    for name in (WEIGHTS, STRUCTURE):
-        if not (folder / name).is_file():
-            raise ModelError(f"expected a coldforge checkpoint in {folder}, found no {name}")
+    structure = read_structure(folder)
     try:
-        structure = Structure.model_validate_json((folder / STRUCTURE).read_bytes())
-        tensors = load((folder / WEIGHTS).read_bytes())
-    except (ValidationError, SafetensorError) as error:
+        tensors = load(_read(folder, WEIGHTS))
+    except SafetensorError as error:
         raise ModelError(f"the checkpoint in {folder} is damaged: {str(error).splitlines()[0]}") from None
     network = build(structure, source)
     try:
@@ -90,3 +87,21 @@ def load_network(folder: str | Path, source: ModelSource | None = None) -> tuple
     except RuntimeError as error:
         raise ModelError(f"the checkpoint in {folder} does not fit {structure.source!r}: {error}") from None
     return network, structure
+
+
+def read_structure(folder: str | Path) -> Structure:
+    """The description in a checkpoint's folder.
+
+    Raises:
+        ModelError: it is missing or damaged.
+    """
+    try:
+        return Structure.model_validate_json(_read(Path(folder), STRUCTURE))
+    except ValidationError as error:
+        raise ModelError(f"the checkpoint in {folder} is damaged: {STRUCTURE}: {error.errors()[0]['msg']}") from None
+
+
+def _read(folder: Path, name: str) -> bytes:
+    if not (folder / name).is_file():
+        raise ModelError(f"expected a coldforge checkpoint in {folder}, found no {name}")
+    return (folder / name).read_bytes()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,8 @@ def fake_quantize(
     Returns:
         A tensor like ``x``.
     """
-    return cast(Tensor, _FakeQuantize.apply(x, step, zero, qmin, qmax, grad_scale, backward))
+    result: Tensor = _FakeQuantize.apply(x, step, zero, qmin, qmax, grad_scale, backward)  # type: ignore[no-untyped-call]
+    return result
 
 
 class ActivationQuantizer(nn.Module):

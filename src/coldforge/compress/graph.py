@@ -80,9 +80,9 @@ def fold_batchnorm(model: nn.Module) -> fx.GraphModule:
             continue
         layer, norm = modules[before.target], modules[node.target]
         if isinstance(layer, nn.Conv2d):
-            folded: nn.Module = fuse_conv_bn_eval(layer, norm)  # type: ignore[type-var]
+            folded: nn.Module = fuse_conv_bn_eval(layer, norm)
         elif isinstance(layer, nn.Linear):
-            folded = fuse_linear_bn_eval(layer, norm)  # type: ignore[type-var]
+            folded = fuse_linear_bn_eval(layer, norm)
         else:
             continue
         set_module(graph_module, before.target, folded)

@@ -133,7 +133,7 @@ def _replace_layers(network: fx.GraphModule, spec: QuantizeSpec) -> None:
         for node in network.graph.nodes
         if node.op == "call_module" and isinstance(modules[str(node.target)], nn.Conv2d | nn.Linear)
     ]
-    trainable = [node for node in layers if modules[str(node.target)].weight.requires_grad]  # type: ignore[union-attr]
+    trainable = [node for node in layers if modules[str(node.target)].weight.requires_grad]
     edges = {trainable[0], trainable[-1]} if trainable else set()
     done: set[str] = set()
     for node in layers:

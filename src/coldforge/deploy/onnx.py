@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import onnx
@@ -64,7 +65,7 @@ def export_onnx(
     _check_finite(network)
     with _quiet(), torch.no_grad():
         program = _traced(network, shape, len(classes))
-        result = tidy(_translated(program, fold=bits == 32))
+        result = tidy(_translated(network, program, fold=bits == 32))
     result.producer_name, result.producer_version = "coldforge", __version__
     facts = {
         "coldforge_version": __version__,
@@ -100,7 +101,7 @@ def _traced(network: nn.Module, image_shape: tuple[int, ...], classes: int) -> t
     if not isinstance(logits, Tensor) or logits.shape != (2, classes):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ExportError(f"expected logits of shape (N, {classes}), one for each class, got {got} for N = 2")
-    with _naming_the_layer(network):
+    with _naming_the_layer(network), redirect_stderr(io.StringIO()):  # torch prints the graph of a failure
         return torch.export.export(
             network, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), strict=False
         )
@@ -130,7 +131,7 @@ def _naming_the_layer(network: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _translated(program: torch.export.ExportedProgram, *, fold: bool) -> onnx.ModelProto:
+def _translated(network: nn.Module, program: torch.export.ExportedProgram, *, fold: bool) -> onnx.ModelProto:
     try:
         result = torch.onnx.export(
             program,
@@ -143,43 +144,55 @@ def _translated(program: torch.export.ExportedProgram, *, fold: bool) -> onnx.Mo
             verbose=False,
         )
     except Exception as error:
-        raise ExportError(_cannot(program.module(), _layer_of(program, error), error)) from error
+        raise ExportError(_cannot(network, _layer_of(program, error), error)) from error
     assert result is not None
     return result.model_proto
 
 
 def _layer_of(program: torch.export.ExportedProgram, error: BaseException) -> str:
-    """Name of the layer whose operator has no ONNX form, from the node that the exporter names in its errors."""
+    """Name of the layer whose operator has no ONNX form, "" where it cannot be found.
+
+    The exporter names a node of its own, decomposed graph, and the values that it reads. What is not a node of our
+    graph under the same name reads one that is.
+    """
+    found = re.search(r"translating node (.*)", " ".join(map(str, _causes(error))))
     nodes = {node.name: node for node in program.graph.nodes}
-    cause: BaseException | None = error
-    while cause is not None:
-        for name in re.findall(r"%(\w+)", str(cause)):
-            stack = nodes[name].meta.get("nn_module_stack") if name in nodes else None
-            if stack:
-                return str(list(stack.values())[-1][0]).removeprefix("L['self'].")
-        cause = cause.__cause__ or cause.__context__
-    return ""
+    name, *reads = re.findall(r"%(\w+)", found[1]) if found else [""]
+    candidates = (
+        [nodes[name]] if name in nodes else [user for read in reads if read in nodes for user in nodes[read].users]
+    )
+    stacks = [node.meta["nn_module_stack"] for node in candidates if node.meta.get("nn_module_stack")]
+    return str(list(stacks[0].values())[-1][0]) if stacks else ""
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The exception and what it was raised from, outermost first."""
+    inner = error.__cause__ or error.__context__
+    return [error] if inner is None else [error, *_causes(inner)]
 
 
 def _cannot(network: nn.Module, layer: str, error: BaseException) -> str:
     kind = type(dict(network.named_modules()).get(layer, network)).__name__
     where = f"layer {layer!r} ({kind})" if layer else kind
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    root = _causes(error)[-1]
+    reason = next((line.strip() for line in str(root).splitlines() if line.strip()), type(root).__name__)
     return (
-        f"{where} cannot be exported to ONNX: {reason}. Expected operations that work on any batch size and do not "
-        "depend on the values of a tensor"
+        f"{where} cannot be exported to ONNX: {reason.rstrip('.')}. Expected operations that have an ONNX form, "
+        "work on any batch size, and do not depend on the values of a tensor"
     )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's own warnings and log lines (about torchvision, deprecated internals) from the user."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

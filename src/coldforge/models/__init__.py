@@ -2,6 +2,7 @@
 
 from coldforge.models.checkpoints import load_weights
 from coldforge.models.checks import check_classifier
+from coldforge.models.layout import channels_last
 from coldforge.models.loading import ModelSource, model_source
 from coldforge.models.normalize import Normalize, normalized
 from coldforge.models.zoo import ZOO, OptionAShortcut, cnn8, resnet18, resnet20
@@ -11,6 +12,7 @@ __all__ = [
     "ModelSource",
     "Normalize",
     "OptionAShortcut",
+    "channels_last",
     "check_classifier",
     "cnn8",
     "load_weights",

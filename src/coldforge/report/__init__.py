@@ -1,6 +1,6 @@
 """The report: what a record says, as a terminal table, as figures and as one self-contained HTML page.
 
-This layer reads only records (:mod:`coldforge.records`) and an examples file; it computes nothing that was not measured.
+This layer reads only records (:mod:`coldforge.records`) and an examples file; nothing is measured here.
 
     text      how numbers are written
     table     the table of stages, for terminal and Markdown, and the one-sentence verdict

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,7 +74,10 @@ def _expect(what: str, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
 def save_examples(examples: Examples, path: str | Path) -> None:
     """Write a ``.safetensors`` file, whole or not at all; the same examples give the same bytes."""
     networks = list(examples.adversarial)
-    arrays = {"clean": examples.clean.astype(np.float32), "labels": examples.labels.astype(np.int64)}
+    arrays: dict[str, NDArray[Any]] = {
+        "clean": examples.clean.astype(np.float32),
+        "labels": examples.labels.astype(np.int64),
+    }
     for index, label in enumerate(networks):
         on_clean, on_adversarial = examples.predictions[label]
         arrays[f"adversarial.{index}"] = examples.adversarial[label].astype(np.float32)
@@ -86,8 +90,8 @@ def save_examples(examples: Examples, path: str | Path) -> None:
         "eps": examples.eps,
         "norm": examples.norm,
     }
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    write_atomic(Path(path), save(arrays, metadata={"coldforge": json.dumps(about)}))
+    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    write_atomic(Path(path), save(whole, metadata={"coldforge": json.dumps(about)}))
 
 
 def load_examples(path: str | Path) -> Examples:
@@ -100,7 +104,7 @@ def load_examples(path: str | Path) -> Examples:
     if not file.is_file():
         raise UsageError(f"expected an examples file at {file}, found nothing")
     try:
-        with safe_open(file, framework="np") as handle:  # type: ignore[no-untyped-call]
+        with safe_open(file, framework="np") as handle:
             about = json.loads((handle.metadata() or {}).get("coldforge", "{}"))
             if about.get("format") != _FORMAT:
                 raise UsageError(f"{file}: expected the format {_FORMAT!r}, got {about.get('format')!r}")

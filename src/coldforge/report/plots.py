@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,8 +86,10 @@ def adversarial_figure(examples: Examples, *, max_images: int = 8) -> bytes:
             spine.set_color(RULE)
         return axes
 
+    defaults: dict[str, Any] = {"color": INK, "fontsize": 8.5, "va": "center"}
+
     def write(x: float, y: float, words: str, **style: Any) -> None:
-        figure.text(x / width, y / height, words, **({"color": INK, "fontsize": 8.5, "va": "center"} | style))
+        figure.text(x / width, y / height, words, **(defaults | style))
 
     def row_name(y: float, words: str, small: str = "") -> None:
         write(0.1, y - cell / 2 + (0.06 if small else 0), words, color=INK)
@@ -206,7 +209,7 @@ def tradeoff_path(record: Record) -> list[tuple[int, int]]:
     names: tuple[StageName, ...] = ("baseline", "compressed", "artifact")
     for name in names:
         order += [index for index, stage in enumerate(stages) if stage.name == name][:1]
-    return list(zip(order, order[1:], strict=False))
+    return list(itertools.pairwise(order))
 
 
 def axis_range(values: Sequence[float]) -> tuple[float, float]:
@@ -291,7 +294,7 @@ def tradeoff_figure(record: Record) -> bytes:
         color=MUTED,
         pad=5,
     )
-    boxes = place_labels(centers, radii, [(6.1 * len(p.label) + 4, 14.0) for p in points], inner, arrows)
+    boxes = place_labels(centers, radii, [(6.6 * len(p.label) + 4, 14.0) for p in points], inner, arrows)
     for point, (x, y), (cx, cy), radius in zip(points, boxes, centers, radii, strict=True):
         axes.annotate(
             _short(point.label, 40),
@@ -356,7 +359,7 @@ def place_labels(
 ) -> list[tuple[float, float]]:
     """Centers of labels beside their bubbles, each where it covers least of the others; all in pixels.
 
-    Greedy: the labels are placed in order, each at the best of 32 places around its bubble.
+    Greedy: the labels are placed in order, each at the best of 64 places around its bubble.
     """
     taken = [(x - r, y - r, x + r, y + r) for (x, y), r in zip(centers, radii, strict=True)]
     taken += obstacles
@@ -364,14 +367,16 @@ def place_labels(
     for (x, y), radius, (width, height) in zip(centers, radii, sizes, strict=True):
         best, best_cost = (x, y), math.inf
         for ring, gap in enumerate((5.0, 20.0, 38.0, 60.0)):
-            for turn in range(8):
-                dx, dy = math.cos(turn * math.pi / 4), math.sin(turn * math.pi / 4)
-                cx = x + dx * (radius + gap + width / 2)
+            for turn in range(16):
+                dx, dy = math.cos(turn * math.pi / 8), math.sin(turn * math.pi / 8)
+                cx = max(width / 2, min(x + dx * (radius + gap + width / 2), area[0] - width / 2))
                 cy = y + dy * (radius + gap + height / 2)
                 frame = (cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2)
                 outside = max(0, -frame[0]) + max(0, -frame[1]) + max(0, frame[2] - area[0])
                 outside += max(0, frame[3] - area[1])
-                cost = sum(_overlap(frame, other) for other in taken) + 60 * outside + 40 * ring + 3 * (turn % 4)
+                cost = (
+                    sum(_overlap(frame, other) for other in taken) + 60 * outside + 40 * ring + (6 if turn % 4 else 0)
+                )
                 if cost < best_cost:
                     best, best_cost = (cx, cy), cost
         placed.append(best)

@@ -268,7 +268,7 @@ def _fit(columns: list[Column], rows: list[SummaryRow], width: int | None) -> tu
             lines += _rich_cell(row.cells[column.key]).plain.splitlines()
         return max(map(len, lines)) + 3  # two of padding, one of the rule
 
-    kept, dropped = list(columns), []
+    kept, dropped = list(columns), list[str]()
     while width is not None and sum(map(needed, kept)) > width and any(column.rank for column in kept):
         last = max(reversed(kept), key=lambda column: column.rank)
         kept.remove(last)

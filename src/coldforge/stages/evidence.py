@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save
 
 from coldforge.attacks import parse_attack, predict
-from coldforge.compress import attacking, weight_bit_widths
+from coldforge.compress import attacking, load_network, weight_bit_widths
 from coldforge.deploy import OnnxSession, agreement, export_onnx, open_session, write_probe
 from coldforge.evaluate import evaluate as evaluate_network
 from coldforge.evaluate import summarize
@@ -98,7 +99,9 @@ def evaluate(shop: Shop, network: Stage, what: str, *, file: Stage | None = None
     macs = shop.dense_macs() if what in ("baseline", "reference") else shop.small_macs()
     broken = 0.3 if "adversarial" not in what and what not in ("artifact", "reference", "control") else 1.0
     spec = [list(attacks), recipe.threat_model, recipe.evaluate.n, recipe.seed]
-    return shop.declare("evaluate", f"evaluate: {what}", spec, inputs, build, macs=broken * 4.0 * queries * images * macs)
+    return shop.declare(
+        "evaluate", f"evaluate: {what}", spec, inputs, build, macs=broken * 4.0 * queries * images * macs
+    )
 
 
 def agree(shop: Shop, network: Stage, file: Stage) -> Stage:
@@ -177,12 +180,12 @@ def gallery(shop: Shop, networks: Mapping[str, Stage]) -> Stage:
 
 def measure(shop: Shop, dense: Stage, files: Mapping[str, Stage]) -> Stage:
     """Latency and energy of the files (label to export stage) and of the dense network in eager PyTorch, in turns in
-    one run, so that the ratios hold on a noisy machine."""
+    one run, so that the ratios hold on a noisy machine.
+    """
     recipe = shop.recipe
     threads = recipe.compute.threads
 
     def build(folder: Path, report: Report) -> None:
-        model, structure = shop.network(dense)
         sessions = {
             (label, runtime): open_session(shop.folder(stage) / ONNX_FILE, runtime, threads=threads)
             for label, stage in files.items()
@@ -190,17 +193,15 @@ def measure(shop: Shop, dense: Stage, files: Mapping[str, Stage]) -> Stage:
         }
         images = shop.data.test.pixels(slice(0, max(LATENCY_BATCHES)))
         rows: dict[str, list[dict[str, Any]]] = {label: [] for label in files}
-        eager = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as its users run it
+        eager, _ = load_network(shop.folder(dense), shop.live_source)  # contiguous and fp32, as its users run it
         with torch.inference_mode():
             for batch in LATENCY_BATCHES:
                 part = images[:batch].contiguous()
-                calls: dict[tuple[str, str], Callable[[], object]] = {
-                    who: (lambda session=session, part=part: session.run(part))  # type: ignore[misc]
-                    for who, session in sessions.items()
+                calls = {
+                    f"{label}|{runtime}": partial(session.run, part) for (label, runtime), session in sessions.items()
                 }
-                calls["baseline", "pytorch"] = lambda part=part: eager(part)  # type: ignore[misc]
-                named = {"|".join(who): call for who, call in calls.items()}
-                for name, timing in measure_latency(named, seconds=LATENCY_SECONDS).items():
+                calls["baseline|pytorch"] = partial(eager, part)
+                for name, timing in measure_latency(calls, seconds=LATENCY_SECONDS).items():
                     label, runtime = name.split("|")
                     row = {"runtime": runtime, "batch": batch, "threads": threads}
                     row |= {"median": timing.median, "p10": timing.p10, "p90": timing.p90}
@@ -209,9 +210,8 @@ def measure(shop: Shop, dense: Stage, files: Mapping[str, Stage]) -> Stage:
             energy = {}
             for label in files:
                 session = sessions[label, recipe.deploy.runtimes[0]]
-                joules, method = energy_per_image(lambda session=session: session.run(images), len(images))  # type: ignore[misc]
+                joules, method = energy_per_image(partial(session.run, images), len(images))
                 energy[label] = {"joules_per_image": joules, "method": method}
-        eager.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         write_json(folder / "result.json", {"latency": rows, "energy": energy})
 
     spec = [list(files), recipe.deploy.runtimes, hardware_fingerprint(), versions()]

@@ -73,7 +73,9 @@ def prune(shop: Shop, network: Stage) -> Stage:
         save_network(folder, small, structure.model_copy(update={"pruning": plan}))
 
     seed = shop.recipe.seed if spec.importance == "random" else 0
-    return shop.declare("prune", f"prune {spec.ratio:.0%} of channels", [spec, seed], [network], build, reads_data=False)
+    return shop.declare(
+        "prune", f"prune {spec.ratio:.0%} of channels", [spec, seed], [network], build, reads_data=False
+    )
 
 
 def quantize(shop: Shop, network: Stage) -> Stage:
@@ -111,7 +113,8 @@ def finetune(shop: Shop, network: Stage, arm: str) -> Stage:
 
 def control(shop: Shop, compressed: Stage) -> Stage:
     """The same small network with fresh weights, trained adversarially with the epochs, the attack and the learning
-    rate of a baseline's training, then rounded like the others: is pruning a trained network worth anything?"""
+    rate of a baseline's training, then rounded like the others: is pruning a trained network worth anything?
+    """
     tuning = shop.recipe.finetune.model_dump(exclude={"arms"})
     spec = TrainSpec(**{**tuning, "objective": "adversarial", "lr": shop.recipe.model.train.lr})
     quantization = _quantization(shop)

@@ -15,14 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from coldforge.attacks import ThreatModel
 from coldforge.compress import Structure, load_network
 from coldforge.data import DataSplits
 from coldforge.measure import count_macs
-from coldforge.models import ModelSource
+from coldforge.models import ModelSource, channels_last
 from coldforge.progress import Progress
 from coldforge.recipe import Recipe
 from coldforge.store import Store, write_atomic
@@ -124,7 +123,7 @@ class Shop:
         """The network of a stage that was made, and its structure. Do not change it."""
         if stage.key not in self._loaded:
             network, structure = load_network(self.folder(stage), self.live_source)
-            self._loaded[stage.key] = network.to(memory_format=torch.channels_last), structure  # type: ignore[call-overload]
+            self._loaded[stage.key] = channels_last(network), structure
         return self._loaded[stage.key]
 
     def result(self, stage: Stage) -> dict[str, Any]:

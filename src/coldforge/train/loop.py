@@ -26,6 +26,7 @@ from coldforge.data import DataSplits, ImageSet, epoch_batches, steps_per_epoch
 from coldforge.errors import CollapseError, TrainingError
 from coldforge.evaluate import evaluate, summarize
 from coldforge.measure import count_macs
+from coldforge.models import channels_last
 from coldforge.recipe import TrainSpec, spec_hash
 from coldforge.records import CurvePoint
 from coldforge.train.checkpoint import TrainState, load_state, save_state
@@ -96,7 +97,9 @@ def train(
                     f"training collapsed {state.attempt + 1} times, last at lr {failed:.3g}: {collapse}. "
                     "Lower finetune.lr, raise finetune.epochs or eps_ramp, or prune less"
                 ) from None
-            note = f"training at lr {failed:.3g} collapsed ({collapse}); started again at lr {failed * RETRY_FACTOR:.3g}"
+            note = (
+                f"training at lr {failed:.3g} collapsed ({collapse}); started again at lr {failed * RETRY_FACTOR:.3g}"
+            )
             state = TrainState(attempt=state.attempt + 1, seconds=state.seconds, notes=(*state.notes, note))
             if folder:
                 save_state(folder, state)
@@ -116,7 +119,7 @@ def _attempt(
     on_progress: Callable[[float, str], None] | None,
 ) -> TrainResult:
     fabric = _fabric(precision)
-    network = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = channels_last(copy.deepcopy(model))
     optimizer = torch.optim.SGD(
         _parameter_groups(network, spec.weight_decay), lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov
     )
@@ -173,8 +176,8 @@ def _attempt(
                 _refuse_collapse(network, data.validation, curve, inner)
             if folder is not None and time.monotonic() - saved > CHECKPOINT_SECONDS:
                 saved = time.monotonic()
-                now = TrainState(state.attempt, step, epoch_loss, seconds(), tuple(curve), state.notes)
-                save_state(folder, now.holding(network, optimizer))
+                reached = TrainState(state.attempt, step, epoch_loss, seconds(), tuple(curve), state.notes)
+                save_state(folder, reached.holding(network, optimizer))
     passes = 3 + (2 * inner.steps if inner else 0)
     macs = float(total * min(spec.batch_size, len(data.train)) * passes) * count_macs(network, data.image_shape)
     return TrainResult(network.eval(), tuple(curve), seconds(), macs, state.notes)
@@ -226,7 +229,8 @@ def _monitor(
 
 def _refuse_collapse(network: nn.Module, validation: ImageSet, curve: list[CurvePoint], inner: PGD | None) -> None:
     """Raise :class:`_Collapse` for a constant answer, and for catastrophic overfitting (Wong et al. 2020): a network
-    that learned to fool its own one-step attack has lost most of the PGD accuracy it had an epoch before."""
+    that learned to fool its own one-step attack has lost most of the PGD accuracy it had an epoch before.
+    """
     watched = validation.take(slice(0, MONITOR_IMAGES))
     answers = predict(network, watched.pixels()).argmax(1)
     share = float(answers.bincount().max()) / len(answers)

@@ -19,14 +19,15 @@
     return spots.map((s) => {
       let best = null;
       [5, 20, 38, 60].forEach((gap, ring) => {
-        for (let turn = 0; turn < 8; turn += 1) {
-          const cx = s.px + Math.cos(turn * Math.PI / 4) * (s.r + gap + s.width / 2);
-          const cy = s.py - Math.sin(turn * Math.PI / 4) * (s.r + gap + 8);
+        for (let turn = 0; turn < 16; turn += 1) {
+          const beside = s.px + Math.cos(turn * Math.PI / 8) * (s.r + gap + s.width / 2);
+          const cx = Math.max(s.width / 2, Math.min(beside, area[0] - s.width / 2));
+          const cy = s.py - Math.sin(turn * Math.PI / 8) * (s.r + gap + 8);
           const frame = [cx - s.width / 2, cy - 8, cx + s.width / 2, cy + 8];
           const outside = Math.max(0, -frame[0]) + Math.max(0, -frame[1]) +
             Math.max(0, frame[2] - area[0]) + Math.max(0, frame[3] - area[1]);
           const cost = taken.reduce((sum, other) => sum + overlap(frame, other), 0) +
-            60 * outside + 40 * ring + 3 * (turn % 4);
+            60 * outside + 40 * ring + (turn % 4 ? 6 : 0);
           if (best === null || cost < best.cost) { best = { cost, cx, cy, frame }; }
         }
       });

@@ -1,0 +1,50 @@
+"""The report of a run's folder: drawn from record.json and gallery.safetensors, and from nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from coldforge.errors import UsageError
+from coldforge.records import Record, load_record
+from coldforge.report.examples import Examples
+from coldforge.report.html import write_report
+
+GALLERY = "gallery.safetensors"
+
+
+def draw(folder: str | Path) -> Path:
+    """Write ``report.html`` and ``adversarial.png`` into the folder of a run; returns the path of the page.
+
+    Raises:
+        UsageError: the folder holds no record, or its gallery is damaged.
+        StoreError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    record = load_record(folder)
+    return write_report(record, folder, _examples(folder / GALLERY, record))
+
+
+def _examples(path: Path, record: Record) -> Examples | None:
+    if not path.is_file():
+        return None
+    try:
+        arrays = load_file(path)
+        networks = [name.removesuffix("/adversarial") for name in sorted(arrays) if name.endswith("/adversarial")]
+        return Examples(
+            clean=arrays["clean"].astype(np.float32),
+            labels=arrays["labels"].astype(np.int64),
+            classes=tuple(record.provenance["classes"]),
+            adversarial={name: arrays[f"{name}/adversarial"].astype(np.float32) for name in reversed(networks)},
+            predictions={
+                name: (arrays[f"{name}/clean_answer"], arrays[f"{name}/adversarial_answer"])
+                for name in reversed(networks)
+            },
+            eps=record.threat_model.eps,
+            norm=record.threat_model.norm,
+        )
+    except (SafetensorError, KeyError) as error:
+        raise UsageError(f"{path} is not a gallery of coldforge (damaged?): {error}") from None

@@ -1,0 +1,58 @@
+"""Ball and box, for all inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from coldforge.attacks import ThreatModel
+
+models = st.builds(ThreatModel, st.sampled_from(["linf", "l2"]), st.floats(1e-3, 0.9), st.booleans())
+
+
+def images(seed: int, spread: float = 0.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    clean = torch.rand(6, 2, 5, 5, generator=generator)
+    clean[0], clean[1] = 0.0, 1.0
+    return clean + spread * torch.randn(clean.shape, generator=generator)
+
+
+@given(models, st.integers(0, 2**31), st.floats(0, 5))
+def test_projection_lands_inside_and_is_idempotent(tm: ThreatModel, seed: int, spread: float) -> None:
+    clean, points = images(seed), images(seed, spread)
+    projected = tm.project(points, clean)
+    tm.verify(projected, clean)
+    torch.testing.assert_close(tm.project(projected, clean), projected, atol=2e-7, rtol=1e-6)
+
+
+@given(models, st.integers(0, 2**31))
+def test_points_already_inside_stay(tm: ThreatModel, seed: int) -> None:
+    clean = images(seed)
+    assert torch.equal(tm.project(clean, clean), clean)
+
+
+@given(models, st.integers(0, 2**31))
+def test_random_starts_are_inside_and_seeded(tm: ThreatModel, seed: int) -> None:
+    clean = images(seed)
+    start = tm.random_start(clean, torch.Generator().manual_seed(seed))
+    tm.verify(start, clean)
+    assert torch.equal(start, tm.random_start(clean, torch.Generator().manual_seed(seed)))
+    assert not torch.equal(start, clean)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_random_starts_fill_the_ball(norm: str) -> None:
+    tm = ThreatModel(norm, 0.3, box=False)  # type: ignore[arg-type]
+    clean = torch.zeros(4000, 1, 1, 2)
+    sizes = tm.size(tm.random_start(clean, torch.Generator().manual_seed(0)))
+    assert 0.29 < sizes.max() <= 0.3 + 1e-6
+    assert abs(float((sizes < 0.15).float().mean()) - 0.25) < 0.03  # a quarter of the area lies within half the radius
+
+
+@given(models, st.integers(0, 2**31), st.floats(1e-3, 1))
+def test_a_step_has_its_length(tm: ThreatModel, seed: int, length: float) -> None:
+    gradient = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(tm.size(tm.step(gradient, length)), torch.full((3,), length))
