@@ -42,6 +42,14 @@ def test_calls_take_turns_after_an_untimed_call() -> None:
     assert timings["a"].repeats == timings["b"].repeats == 3
 
 
+def test_short_calls_fill_a_turn_after_settling() -> None:
+    machine = FakeMachine()
+    calls = {"a": machine.call("a", 0.25), "b": machine.call("b", 4.0)}
+    timings = measure_latency(calls, seconds=0, min_repeats=1, warmup=0, settle=0.5, turn=1.0, clock=machine.clock)
+    assert machine.log == ["a"] * 2 + ["a"] * 4 + ["b", "b"]
+    assert (timings["a"].repeats, timings["b"].repeats) == (4, 1)
+
+
 def test_warm_up_is_not_timed() -> None:
     machine = FakeMachine()
     timing = measure_latency(

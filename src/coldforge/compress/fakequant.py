@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from coldforge.errors import ModelError
+
 Backward = Literal["pass_through", "clipped"]
 
 _SMALLEST_STEP = 1e-8
@@ -92,7 +94,7 @@ def fake_quantize(
 class ActivationQuantizer(nn.Module):
     """Rounds an activation to ``bits`` bits: unsigned codes with a fixed zero point and a learned step.
 
-    Until :meth:`set_range` (or loading a checkpoint) fixes the grid it refuses to run.
+    Until :meth:`set_range` (or loading a checkpoint) fixes the grid it refuses to run, with a ModelError.
     """
 
     zero_point: Tensor
@@ -125,6 +127,11 @@ class ActivationQuantizer(nn.Module):
     def zero(self) -> int:
         """Code of the value 0."""
         if self._zero < 0:
+            if float(self.step.detach()) == 0:
+                raise ModelError(
+                    "expected a calibrated quantizer, got one whose range was never set; "
+                    "call coldforge.compress.calibrate(network, images, method), or load a checkpoint"
+                )
             self._zero = int(self.zero_point)
         return self._zero
 
@@ -231,6 +238,7 @@ def attacking(model: nn.Module, backward: Backward = "pass_through") -> Iterator
     layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
     quantizers = [module for module in model.modules() if isinstance(module, ActivationQuantizer)]
     before = [quantizer.backward_mode for quantizer in quantizers]
+    cached = [layer._cached for layer in layers]
     try:
         with torch.no_grad():
             for layer in layers:
@@ -239,7 +247,7 @@ def attacking(model: nn.Module, backward: Backward = "pass_through") -> Iterator
             quantizer.backward_mode = backward
         yield
     finally:
-        for layer in layers:
-            layer._cached = None
+        for layer, weight_and_bias in zip(layers, cached, strict=True):
+            layer._cached = weight_and_bias
         for quantizer, mode in zip(quantizers, before, strict=True):
             quantizer.backward_mode = mode

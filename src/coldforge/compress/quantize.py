@@ -63,15 +63,21 @@ def insert_quantizers(model: nn.Module, spec: QuantizeSpec) -> nn.Module:
         return copy.deepcopy(model)
     network = fold_batchnorm(model)
     modules = dict(network.named_modules())
-    inserted: dict[fx.Node, ActivationQuantizer] = {}
     for node in list(network.graph.nodes):
         for source in _values_read(node, modules):
-            if source not in inserted and _quantizer_of(source, modules, inserted) is None:
-                reads_image = _is_image(source, modules)
-                bits = max(spec.activation_bits, spec.edge_bits) if reads_image else spec.activation_bits
-                quantizer = ActivationQuantizer(bits, reads_image=reads_image)
-                quantizer.step.requires_grad_(spec.learned_steps and not reads_image)
-                inserted[source] = _insert_after(network, source, quantizer, len(inserted))
+            if isinstance(modules.get(str(source.target)), ActivationQuantizer):
+                continue
+            reads_image = _is_image(source, modules)
+            bits = max(spec.activation_bits, spec.edge_bits) if reads_image else spec.activation_bits
+            quantizer = ActivationQuantizer(bits, reads_image=reads_image)
+            quantizer.step.requires_grad_(spec.learned_steps and not reads_image)
+            name = f"quantizer_{sum(isinstance(module, ActivationQuantizer) for module in modules.values())}"
+            modules[name] = quantizer
+            network.add_submodule(name, quantizer)
+            with network.graph.inserting_after(source):
+                rounded = network.graph.call_module(name, (source,))
+            source.replace_all_uses_with(rounded)
+            rounded.args = (source,)
     _replace_layers(network, spec)
     network.graph.lint()
     network.recompile()
@@ -102,28 +108,6 @@ def _is_image(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     return node.op == "placeholder" or (
         node.op == "call_module" and isinstance(modules.get(str(node.target)), Normalize)
     )
-
-
-def _quantizer_of(
-    source: fx.Node, modules: dict[str, nn.Module], inserted: dict[fx.Node, ActivationQuantizer]
-) -> ActivationQuantizer | None:
-    if source.op == "call_module":
-        module = modules.get(str(source.target))
-        if isinstance(module, ActivationQuantizer):
-            return module
-    return inserted.get(source)
-
-
-def _insert_after(
-    network: fx.GraphModule, source: fx.Node, quantizer: ActivationQuantizer, index: int
-) -> ActivationQuantizer:
-    name = f"quantizer_{index}"
-    network.add_submodule(name, quantizer)
-    with network.graph.inserting_after(source):
-        rounded = network.graph.call_module(name, (source,))
-    source.replace_all_uses_with(rounded)
-    rounded.args = (source,)
-    return quantizer
 
 
 def _replace_layers(network: fx.GraphModule, spec: QuantizeSpec) -> None:
@@ -222,9 +206,20 @@ def calibrate(network: nn.Module, images: Tensor, method: str) -> None:
             quantizer.observing = False
     for quantizer in quantizers:
         if quantizer.reads_image:  # an adversary uses the whole box, and 8-bit pixels must stay exact
-            quantizer.set_range(*_range(extremes[quantizer], quantizer.bits, "minmax"))
+            quantizer.set_range(*_image_range(*_range(extremes[quantizer], quantizer.bits, "minmax"), quantizer.qmax))
         else:
             quantizer.set_range(*_range(torch.cat(samples[quantizer]), quantizer.bits, method))
+
+
+def _image_range(low: float, high: float, levels: int) -> tuple[float, float]:
+    """The range of the image, wider by one step where black would lie midway between two codes.
+
+    With a mean of 0.5 every 8-bit pixel would be a tie, rounded up or down by the last bit of a float: neighbours
+    would share a code, and runtimes would not agree which. A step wider by 1/254 costs one of 256 gray values.
+    """
+    tie = abs(-low / (high - low) * levels % 1 - 0.5) < 0.01
+    widened = levels / (levels - 1) if tie else 1.0
+    return low * widened, high * widened
 
 
 def _range(values: Tensor, bits: int, method: str) -> tuple[float, float]:

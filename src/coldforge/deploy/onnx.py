@@ -137,7 +137,7 @@ def _translated(network: nn.Module, program: torch.export.ExportedProgram, *, fo
             program,
             dynamo=True,
             opset_version=OPSET,
-            optimize=fold,  # it would turn integer weights back into floats
+            optimize=fold,  # an integer network keeps the pattern as it is written
             input_names=["image"],
             output_names=["logits"],
             custom_translation_table=translations(),

@@ -36,18 +36,23 @@ def measure_latency(
     seconds: float = 1.0,
     min_repeats: int = 10,
     warmup: int = 3,
+    settle: float = 0.005,
+    turn: float = 0.02,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time several calls in turn: A B C, A B C, ... so that a slow moment of the machine slows all of them.
+    """Time several calls in turn, A B C A B C ..., so that a slow moment of the machine slows all of them.
 
-    Before each timed call the same call runs once untimed: its data is back in the cache, and the worker threads of
-    the runtime before it, which spin for a moment after their work, have gone to sleep.
+    A turn begins with untimed calls: the data comes back into the cache, and the worker threads of the runtime before,
+    which spin for some milliseconds after their work, go to sleep. Then the call is timed again and again, at least
+    once.
 
     Args:
         calls: name to a function without arguments that does one batch.
         seconds: timed seconds to spend on each call, on average (the untimed calls come on top).
         min_repeats: least number of timed calls of each.
         warmup: extra untimed calls of each before the first turn.
+        settle: seconds of untimed calls at the start of a turn; one call at least.
+        turn: timed seconds of one turn; one call at least.
         clock: seconds from an arbitrary start; replaced in tests.
 
     Raises:
@@ -64,16 +69,24 @@ def measure_latency(
         for _ in range(warmup):
             call()
     times: dict[str, list[float]] = {name: [] for name in calls}
-    spent, turns = 0.0, 0
-    while turns < min_repeats or spent < seconds * len(calls):
+    spent = 0.0
+    while spent < seconds * len(calls) or min(map(len, times.values())) < min_repeats:
         for name, call in calls.items():
-            call()
-            start = clock()
-            call()
-            times[name].append(clock() - start)
-            spent += times[name][-1]
-        turns += 1
+            _repeat(call, settle, clock)
+            new = _repeat(call, turn, clock)
+            times[name] += new
+            spent += sum(new)
     return {name: _timing(values) for name, values in times.items()}
+
+
+def _repeat(call: Callable[[], object], seconds: float, clock: Callable[[], float]) -> list[float]:
+    """Wall time of each call, for at least one call and at least ``seconds``."""
+    times: list[float] = []
+    while not times or sum(times) < seconds:
+        start = clock()
+        call()
+        times.append(clock() - start)
+    return times
 
 
 def _timing(values: Sequence[float]) -> Timing:

@@ -77,19 +77,19 @@ def load_state(folder: Path) -> TrainState | None:
         with safe_open(path, framework="pt") as file:
             numbers = json.loads((file.metadata() or {})["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, KeyError, json.JSONDecodeError):
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+        return TrainState(
+            attempt=numbers["attempt"],
+            step=numbers["step"],
+            epoch_loss=numbers["epoch_loss"],
+            seconds=numbers["seconds"],
+            curve=tuple(CurvePoint(**point) for point in numbers["curve"]),
+            notes=tuple(numbers["notes"]),
+            model=part("model."),
+            momentum=part("momentum."),
+        )
+    except (SafetensorError, KeyError, TypeError, ValueError):  # ValueError: JSON, and numbers of another version
         return None
-
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-    return TrainState(
-        attempt=numbers["attempt"],
-        step=numbers["step"],
-        epoch_loss=numbers["epoch_loss"],
-        seconds=numbers["seconds"],
-        curve=tuple(CurvePoint(**point) for point in numbers["curve"]),
-        notes=tuple(numbers["notes"]),
-        model=part("model."),
-        momentum=part("momentum."),
-    )

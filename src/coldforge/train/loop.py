@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from coldforge.attacks import PGD, ThreatModel, parse_attack, perturb, predict
-from coldforge.compress import attacking
+from coldforge.compress import ActivationQuantizer, QuantizedLayer, attacking
 from coldforge.data import DataSplits, ImageSet, epoch_batches, steps_per_epoch
 from coldforge.errors import CollapseError, TrainingError
 from coldforge.evaluate import evaluate, summarize
@@ -36,6 +36,8 @@ CHECKPOINT_SECONDS = 15.0
 MONITOR_IMAGES = 512
 MONITOR_ATTACK = "pgd-10"
 RETRY_FACTOR = 1 / 3
+STEP_RANGE = 10.0
+"""A learned quantizer step stays within this factor of its calibrated value."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def _attempt(
     optimizer = torch.optim.SGD(
         _parameter_groups(network, spec.weight_decay), lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov
     )
+    calibrated = [(step, step.detach().clone()) for step in _quantizer_steps(network)]
     if state.model:
         state.restore(network, optimizer)
     wrapped, optimizer = fabric.setup(network, optimizer)
@@ -162,6 +165,9 @@ def _attempt(
             optimizer.zero_grad(set_to_none=True)
             fabric.backward(loss)
             optimizer.step()
+            with torch.no_grad():
+                for learned, start in calibrated:
+                    learned.clamp_(start / STEP_RANGE, start * STEP_RANGE)
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise _Collapse(f"the loss is not finite at step {step}")
@@ -170,6 +176,8 @@ def _attempt(
             if on_progress is not None:
                 on_progress(step / total, f"epoch {epoch + 1}/{spec.epochs}  loss {value:.3f}")
             if step % per_epoch == 0:
+                if not all(bool(parameter.isfinite().all()) for parameter in network.parameters()):
+                    raise _Collapse(f"the weights are not finite after step {step}")
                 point = _monitor(network, data.validation, threat_model, spec, epoch, epoch_loss / per_epoch, lr, eps)
                 curve.append(point)
                 epoch_loss = 0.0
@@ -201,6 +209,13 @@ def _parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str,
         {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": weight_decay},
         {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
+
+
+def _quantizer_steps(network: nn.Module) -> list[nn.Parameter]:
+    """Learned step sizes. SGD can carry one past zero, where no gradient brings it back and its channel is dead."""
+    layers = [module.weight_step for module in network.modules() if isinstance(module, QuantizedLayer)]
+    quantizers = [module.step for module in network.modules() if isinstance(module, ActivationQuantizer)]
+    return [step for step in (*layers, *quantizers) if step.requires_grad]
 
 
 def _monitor(

@@ -1,0 +1,307 @@
+import copy
+import math
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coldforge.attacks import parse_attack, predict
+from coldforge.compress import ActivationQuantizer, QuantizedLayer, quantize
+from coldforge.errors import AttackError
+from coldforge.evaluate import Ledger, evaluate, summarize, wilson_interval
+from coldforge.recipe import QuantizeSpec
+
+NAMES = ("fgsm", "pgd-5", "pgd-4-2")
+ATTACKS = [parse_attack(name) for name in NAMES]
+
+
+def slow_ledger(model, data, attacks, threat, n, seed):
+    """The ledger as a list of rows: each image alone, attacked only where it is right when clean."""
+    rows = []
+    for index in range(len(data)):
+        image, label = data.pixels([index]), data.labels[index : index + 1]
+        answer = int(predict(model, image).argmax(1))
+        row = {"label": int(label), "answer": answer}
+        for attack in attacks if index < n else ():
+            if answer != int(label):
+                row[attack.name] = (True, -1, -1, 0)
+                continue
+            result = attack(model, image, label, threat, seed=seed, indices=torch.tensor([index]))
+            row[attack.name] = tuple(
+                column.item() for column in (result.fooled, result.step, result.restart, result.queries)
+            )
+        rows.append(row)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def ledger(task, threat):
+    model, data = task
+    return evaluate(model, data, ATTACKS, threat, seed=5)
+
+
+# --- the ledger
+
+
+def test_the_ledger_equals_its_slow_twin(task, threat):
+    model, data = task
+    found = evaluate(model, data, ATTACKS, threat, n=30, seed=5)
+    rows = slow_ledger(model, data, ATTACKS, threat, n=30, seed=5)
+    assert found.labels.tolist() == [row["label"] for row in rows]
+    assert found.answers.tolist() == [row["answer"] for row in rows]
+    for name in NAMES:
+        columns = (found.fooled[name], found.step[name], found.restart[name], found.queries[name])
+        assert list(zip(*(column.tolist() for column in columns), strict=True)) == [row[name] for row in rows[:30]]
+    # and the task shows every kind of row
+    assert 0 < int((~found.right).sum()) < 20
+    assert 0 < sum(row["pgd-5"][0] and row["pgd-5"][1] >= 0 for row in rows[:30]) < 30
+    robust = summarize(found, data.classes)
+    for name in NAMES:
+        assert robust.robust_accuracy[name] == sum(not row[name][0] for row in rows[:30]) / 30
+    assert (
+        robust.robust_accuracy["worst_case"] == sum(not any(row[name][0] for name in NAMES) for row in rows[:30]) / 30
+    )
+    assert robust.clean_accuracy == sum(row["label"] == row["answer"] for row in rows) / 40
+
+
+def test_wrong_when_clean_is_not_attacked_and_not_robust(ledger):
+    wrong = ~ledger.right
+    assert wrong.any()
+    for name in NAMES:
+        assert ledger.fooled[name][wrong].all()
+        assert (ledger.step[name][wrong] == -1).all()
+        assert (ledger.queries[name][wrong] == 0).all()
+        assert ledger.margin[name][wrong].isnan().all()
+        assert (ledger.queries[name][~wrong] > 0).all()
+        assert not (ledger.survived(name) & wrong).any()
+
+
+def test_the_denominator_is_every_attacked_image(ledger, task):
+    _, data = task
+    found = summarize(ledger, data.classes)
+    assert found.robust_n == dict.fromkeys([*NAMES, "worst_case"], 40)
+    assert found.n == 40
+    for name in NAMES:
+        survivors = int((~ledger.fooled[name]).sum())
+        assert found.robust_accuracy[name] == survivors / 40
+        assert found.robust_ci95[name] == wilson_interval(survivors, 40)
+        assert found.robust_accuracy["worst_case"] <= found.robust_accuracy[name] <= found.clean_accuracy
+    assert found.clean_ci95 == wilson_interval(int(ledger.right.sum()), 40)
+
+
+def test_fewer_attacked_images_are_the_front_of_the_test_set(ledger, task, threat):
+    model, data = task
+    found = evaluate(model, data, ATTACKS, threat, n=17, seed=5)
+    assert torch.equal(found.answers, ledger.answers)  # clean verdicts are of all images
+    for name in NAMES:
+        assert torch.equal(found.fooled[name], ledger.fooled[name][:17])
+        assert torch.equal(found.step[name], ledger.step[name][:17])
+    robust = summarize(found, data.classes)
+    assert robust.n == 40
+    assert robust.robust_n["worst_case"] == 17
+    too_many = evaluate(model, data, ATTACKS[:1], threat, n=1000)
+    assert len(too_many.fooled["fgsm"]) == 40
+
+
+def test_the_seed_moves_the_starts(ledger, task, threat):
+    model, data = task
+    again, other = (evaluate(model, data, ATTACKS, threat, seed=seed) for seed in (5, 6))
+    assert torch.equal(again.margin["pgd-5"].nan_to_num(9), ledger.margin["pgd-5"].nan_to_num(9))
+    assert not torch.equal(other.margin["pgd-5"].nan_to_num(9), ledger.margin["pgd-5"].nan_to_num(9))
+    assert torch.equal(other.fooled["fgsm"], ledger.fooled["fgsm"])  # starts at the image
+
+
+def test_without_attacks_the_worst_case_is_clean(task, threat):
+    model, data = task
+    found = summarize(evaluate(model, data, [], threat), data.classes)
+    assert found.robust_accuracy == {"worst_case": found.clean_accuracy}
+
+
+def test_no_images(task, threat):
+    model, _ = task
+
+    class Empty:
+        def __len__(self):
+            return 0
+
+    with pytest.raises(AttackError, match="expected test images, got none"):
+        evaluate(model, Empty(), ATTACKS, threat)
+
+
+def test_progress_rises_to_1_over_all_attacks(task, threat):
+    model, data = task
+    said = []
+    evaluate(model, data, ATTACKS, threat, on_progress=lambda *words: said.append(words))
+    fractions = [fraction for fraction, _ in said]
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1
+    assert list(dict.fromkeys(name for _, name in said)) == list(NAMES)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_network_stays_as_it_was(quantized, task, threat):
+    model, data = task
+    network = quantize(model, QuantizeSpec(), data.pixels()) if quantized else copy.deepcopy(model)
+    network.train()
+    before = copy.deepcopy(network.state_dict())
+    flags = [parameter.requires_grad for parameter in network.parameters()]
+    evaluate(network, data, ATTACKS[:2], threat)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert all(module.training for module in network.modules())
+    assert [parameter.requires_grad for parameter in network.parameters()] == flags
+    assert all(parameter.grad is None for parameter in network.parameters())
+    for module in network.modules():
+        assert not isinstance(module, QuantizedLayer) or module._cached is None
+        assert not isinstance(module, ActivationQuantizer) or module.backward_mode == "clipped"
+
+
+# --- the judge: verdicts are those of a deployed file
+
+
+def test_a_judge_that_cannot_be_fooled(task, threat):
+    model, data = task
+    nearest = data.pixels().flatten(1)
+
+    def judge(images):
+        return data.labels[torch.cdist(images.flatten(1), nearest).argmin(1)]
+
+    found = summarize(evaluate(model, data, ATTACKS, threat, judge=judge), data.classes)
+    assert found.clean_accuracy == 1
+    assert set(found.robust_accuracy.values()) == {1.0}
+
+
+def test_a_judge_that_is_always_wrong(task, threat):
+    model, data = task
+    found = evaluate(model, data, ATTACKS, threat, judge=lambda images: torch.full((len(images),), 9))
+    assert not found.right.any()
+    for name in NAMES:
+        assert found.fooled[name].all()
+        assert (found.queries[name] == 0).all()
+    assert summarize(found, data.classes).robust_accuracy["worst_case"] == 0
+
+
+def test_a_judge_that_is_the_network_changes_nothing(task, threat, ledger):
+    model, data = task
+    found = evaluate(model, data, ATTACKS, threat, seed=5, judge=lambda images: predict(model, images).argmax(1))
+    for name in NAMES:
+        assert torch.equal(found.fooled[name], ledger.fooled[name])
+        assert torch.equal(found.step[name], ledger.step[name])
+
+
+def test_fooled_means_that_the_file_is_fooled(task, threat):
+    """A coarser file than its twin: every adversarial verdict must be the file's."""
+    model, data = task
+    file = quantize(model, QuantizeSpec(weight_bits=3, activation_bits=3), data.pixels())
+    found = evaluate(model, data, [parse_attack("pgd-5")], threat, judge=lambda images: predict(file, images).argmax(1))
+    assert torch.equal(found.answers, predict(file, data.pixels()).argmax(1))
+    right = found.right.nonzero()[:, 0]
+    result = parse_attack("pgd-5")(
+        model,
+        data.pixels(right),
+        data.labels[right],
+        threat,
+        indices=right,
+        judge=lambda images: predict(file, images).argmax(1),
+    )
+    fooled_file = predict(file, result.adversarial).argmax(1) != data.labels[right]
+    assert torch.equal(found.fooled["pgd-5"][right], fooled_file)
+    assert 0 < int(fooled_file.sum()) < len(right)
+
+
+# --- worst case and classes, from ledgers made by hand
+
+
+def by_hand(labels, answers, **fooled):
+    columns = {name: torch.tensor(column, dtype=torch.bool) for name, column in fooled.items()}
+    return Ledger(torch.tensor(labels), torch.tensor(answers), columns)
+
+
+def test_the_worst_case_is_point_wise():
+    """Two attacks that break different halves leave nothing, although each alone leaves half."""
+    found = summarize(
+        by_hand([0, 1, 0, 1], [0, 1, 0, 1], first=[True, True, False, False], second=[False, False, True, True]),
+        ("a", "b"),
+    )
+    assert found.robust_accuracy == {"first": 0.5, "second": 0.5, "worst_case": 0.0}
+
+
+def test_a_wrong_clean_answer_breaks_the_worst_case_whatever_the_attacks_say():
+    found = by_hand([0, 1], [0, 0], only=[False, False])
+    assert found.survived("worst_case").tolist() == [True, False]
+
+
+def test_attacks_on_fewer_images_shorten_the_worst_case():
+    found = by_hand([0, 1, 0, 1], [0, 1, 0, 1], long=[False, True, False, False], short=[False, False])
+    assert found.survived("worst_case").tolist() == [True, False]
+    robust = summarize(found, ("a", "b"))
+    assert robust.robust_n == {"long": 4, "short": 2, "worst_case": 2}
+    assert robust.robust_accuracy == {"long": 0.75, "short": 1.0, "worst_case": 0.5}
+
+
+@st.composite
+def ledgers(draw):
+    n = draw(st.integers(1, 12))
+    labels = draw(st.lists(st.integers(0, 2), min_size=n, max_size=n))
+    answers = draw(st.lists(st.integers(0, 2), min_size=n, max_size=n))
+    columns = {}
+    for name in draw(st.lists(st.sampled_from(["a", "b", "c"]), unique=True)):
+        m = draw(st.integers(1, n))
+        columns[name] = draw(st.lists(st.booleans(), min_size=m, max_size=m))
+    return labels, answers, columns
+
+
+@given(ledgers())
+def test_summary_equals_counting_by_hand(drawn):
+    labels, answers, columns = drawn
+    found = summarize(by_hand(labels, answers, **columns), ("x", "y", "z"))
+    part = min([len(labels), *map(len, columns.values())])
+    survived = [labels[i] == answers[i] and not any(column[i] for column in columns.values()) for i in range(part)]
+    assert found.n == len(labels)
+    assert found.robust_n["worst_case"] == part
+    assert found.robust_accuracy["worst_case"] == sum(survived) / part
+    for index, name in enumerate("xyz"):
+        members = [i for i in range(len(labels)) if labels[i] == index]
+        attacked = [i for i in members if i < part]
+        if not attacked:
+            assert name not in found.per_class
+            continue
+        expected = {
+            "n": len(members),
+            "clean": sum(labels[i] == answers[i] for i in members) / len(members),
+            "worst_case": sum(survived[i] for i in attacked) / len(attacked),
+        }
+        assert found.per_class[name] == pytest.approx(expected)
+
+
+def test_classes_add_up(ledger, task):
+    _, data = task
+    found = summarize(ledger, data.classes)
+    assert list(found.per_class) == ["a", "b", "c", "d"]
+    assert sum(row["n"] for row in found.per_class.values()) == 40
+    for what, total in (("clean", found.clean_accuracy), ("worst_case", found.robust_accuracy["worst_case"])):
+        weighted = sum(row["n"] * row[what] for row in found.per_class.values()) / 40
+        assert weighted == pytest.approx(total)
+
+
+# --- parquet
+
+
+def test_parquet_holds_every_image(task, threat, tmp_path):
+    model, data = task
+    found = evaluate(model, data, ATTACKS, threat, n=25)
+    found.write(tmp_path / "ledger.parquet")
+    table = pq.read_table(tmp_path / "ledger.parquet").to_pydict()
+    assert table["image"] == list(range(40))
+    assert table["label"] == found.labels.tolist()
+    assert table["clean_answer"] == found.answers.tolist()
+    assert table["clean_right"] == found.right.tolist()
+    for name in NAMES:
+        for what in ("fooled", "step", "restart", "queries"):
+            assert table[f"{name}:{what}"] == getattr(found, what)[name].tolist() + [None] * 15
+        margins = table[f"{name}:margin"]
+        assert margins[25:] == [None] * 15
+        for read, kept in zip(margins, found.margin[name].tolist(), strict=False):
+            assert read == kept or (math.isnan(read) and math.isnan(kept))
+    assert len(table) == 4 + 5 * len(NAMES)

@@ -1,0 +1,392 @@
+"""One tiny run, many questions to it; then runs that share its store."""
+
+import json
+import math
+import shutil
+
+import onnx
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from coldforge.compress import load_network
+from coldforge.data import load_data
+from coldforge.models import model_source
+from coldforge.pipeline import arrow, plan, resolve, run
+from coldforge.recipe import load_recipe
+from coldforge.records import Record, load_record
+from coldforge.stages import Shop
+from coldforge.store import Store
+
+TOP = {"schema_version", "coldforge_version", "recipe", "provenance", "threat_model", "stages"}
+STAGE = {
+    *("name", "label", "params", "macs", "size_bytes", "packed_bytes", "weight_bits", "activation_bits"),
+    *("pruning_ratio", "n", "clean_accuracy", "clean_ci95", "robust_accuracy", "robust_n", "robust_ci95"),
+    *("per_class", "latency_s", "energy_j_per_image", "energy_method", "train_seconds", "train_macs"),
+    *("agreement", "masking"),
+}
+TINY_STAGES = [
+    *("baseline: load", "prune 50% of channels", "quantize to 8/8 bits"),
+    *("fine-tune: natural", "fine-tune: adversarial"),
+    *("export: baseline", "export: parent", "export: compressed", "export: tuned: natural"),
+    *("export: tuned: adversarial", "evaluate: baseline", "evaluate: compressed", "evaluate: tuned: natural"),
+    *("evaluate: tuned: adversarial", "evaluate: artifact", "agreement of file and twin", "adversarial examples"),
+    "latency and energy",
+]
+OUT_FILES = {
+    *("record.json", "recipe.toml", "model.onnx", "model/model.safetensors", "model/structure.json"),
+    *("probe.safetensors", "gallery.safetensors", "ledger.parquet"),
+}
+
+
+def files_in(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def without_clock(record):
+    """What two runs of the same recipe must share."""
+    plain = record.model_dump(mode="json")
+    del plain["provenance"]["created"]
+    for stage in plain["stages"]:
+        for name in ("latency_s", "energy_j_per_image", "energy_method", "train_seconds"):
+            del stage[name]
+    return plain
+
+
+# --- the record
+
+
+def test_the_record_names_what_the_design_names(made):
+    plain = json.loads((made.out / "record.json").read_text())
+    assert set(plain) == TOP
+    for stage in plain["stages"]:
+        assert set(stage) >= STAGE
+        assert set(stage["pruning_ratio"]) == {"requested", "achieved"}
+        assert set(stage["masking"]) == {"verdict", "checks"}
+        assert set(stage["robust_accuracy"]) == set(stage["robust_n"]) == {"fgsm", "pgd-5", "worst_case"}
+        assert set(stage["robust_ci95"]) == set(stage["robust_accuracy"])
+        assert set(stage["per_class"]) == {"cup", "hat", "key"}
+    assert set(plain["threat_model"]) == {"norm", "eps", "eps_255", "box"}
+    for name in ("command", "created", "seed", "git_commit", "versions", "hardware", "data", "stage_keys", "classes"):
+        assert name in plain["provenance"]
+    assert load_record(made.out) == made.record
+
+
+def test_stages_of_the_record(made):
+    assert [(stage.name, stage.label) for stage in made.record.stages] == [
+        ("baseline", "baseline"),
+        ("compressed", "compressed, not tuned"),
+        ("tuned", "naturally tuned (natural)"),
+        ("tuned", "adversarially tuned (adversarial)"),
+        ("artifact", "artifact (model.onnx)"),
+    ]
+
+
+def test_threat_model_and_provenance(made, splits):
+    threat, origin = made.record.threat_model, made.record.provenance
+    assert (threat.norm, threat.eps, threat.box) == ("linf", 0.1, True)
+    assert threat.eps_255 == pytest.approx(25.5)
+    assert origin["command"] == "test"
+    assert origin["seed"] == 3
+    assert origin["classes"] == ["cup", "hat", "key"]
+    assert origin["data"] == {
+        "name": "patterns test", "fingerprint": splits.fingerprint, "train": 200, "validation": 40, "test": 60,
+    }  # fmt: skip
+    assert len(origin["stage_keys"]) == len(TINY_STAGES)
+    found = {entry.key for entry in made.store.entries()}
+    assert set(origin["stage_keys"].values()) == found
+
+
+def test_sizes_and_costs(made):
+    baseline, compressed, natural, adversarial, artifact = made.record.stages
+    assert (baseline.weight_bits, baseline.activation_bits) == (32, 32)
+    assert baseline.pruning_ratio.requested == baseline.pruning_ratio.achieved == 0
+    for stage in (compressed, natural, adversarial, artifact):
+        assert (stage.weight_bits, stage.activation_bits) == (8, 8)
+        assert stage.pruning_ratio.requested == 0.5
+        assert stage.pruning_ratio.achieved == pytest.approx(0.5)  # 16 to 8 channels in both layers
+        assert stage.params < baseline.params
+        assert stage.macs == 6 * 6 * 8 * 9 + 3 * 3 * 8 * 8 * 9 + 72 * 3
+        assert stage.size_bytes < baseline.size_bytes
+        assert stage.packed_bytes < baseline.packed_bytes / 4
+    assert baseline.macs == 6 * 6 * 16 * 9 + 3 * 3 * 16 * 16 * 9 + 144 * 3
+    assert artifact.size_bytes == (made.out / "model.onnx").stat().st_size == adversarial.size_bytes
+
+
+def test_accuracies_are_counts_of_the_attacked_images(made):
+    for stage in made.record.stages:
+        assert stage.n == 60
+        assert (stage.clean_accuracy * 60) == pytest.approx(round(stage.clean_accuracy * 60))
+        assert stage.robust_n == {"fgsm": 50, "pgd-5": 50, "worst_case": 50}
+        assert stage.clean_ci95[0] <= stage.clean_accuracy <= stage.clean_ci95[1]
+        for name, value in stage.robust_accuracy.items():
+            assert stage.robust_accuracy["worst_case"] <= value
+            assert stage.robust_ci95[name][0] <= value <= stage.robust_ci95[name][1]
+        assert sum(row["n"] for row in stage.per_class.values()) == 60
+    assert made.record.stages[0].clean_accuracy > 0.9
+
+
+def test_only_trained_rows_cost_training(made):
+    for stage in made.record.stages:
+        trained = stage.name == "tuned"
+        assert (stage.train_macs > 0) == (stage.train_seconds > 0) == trained
+        assert len(stage.curve) == (1 if trained else 0)
+    natural, adversarial = made.record.stages[2:4]
+    assert natural.train_macs == 192 * 3 * natural.macs  # 6 of 6.25 batches
+    assert adversarial.train_macs == 192 * 5 * adversarial.macs
+    assert natural.curve[0].robust_accuracy == -1
+    assert adversarial.curve[0].robust_accuracy >= 0
+
+
+def test_the_artifact_is_measured_beside_the_dense_network(made):
+    baseline, *_, artifact = made.record.stages
+    assert [(row.runtime, row.batch, row.threads) for row in artifact.latency_s] == [
+        ("onnxruntime", 1, 1),
+        ("onnxruntime", 64, 1),
+    ]
+    assert {row.runtime for row in baseline.latency_s} == {"onnxruntime", "pytorch"}
+    for row in (*artifact.latency_s, *baseline.latency_s):
+        assert 0 < row.p10 <= row.median <= row.p90
+    assert artifact.energy_j_per_image > 0
+    assert artifact.energy_method.startswith(("measured", "estimated"))
+    for stage in made.record.stages[1:4]:
+        assert stage.latency_s == ()
+        assert stage.energy_j_per_image is None
+
+
+def test_the_file_answers_like_its_twin(made):
+    artifact = made.record.stages[-1]
+    assert artifact.agreement.clean >= 0.995
+    assert artifact.agreement.adversarial >= 0.995
+    assert all(stage.agreement is None for stage in made.record.stages[:-1])
+    assert artifact.notes == ()
+
+
+# --- the folder
+
+
+def test_files_of_the_folder(made):
+    assert files_in(made.out) == OUT_FILES
+
+
+def test_the_recipe_is_resolved(made, recipe):
+    written = load_recipe(made.out / "recipe.toml")
+    assert written == resolve(recipe()) == load_recipe(made.record.recipe)
+    machine = resolve(load_recipe({"name": "any"}))
+    assert machine.compute.precision in ("bf16", "fp32")
+    assert machine.compute.threads >= 1
+    assert resolve(machine) == machine
+
+
+def test_a_checkpoint_in_a_variable_that_is_not_set_is_none(monkeypatch):
+    wanted = load_recipe({"model": {"checkpoint": "$MY_MODELS/a.pt"}})
+    monkeypatch.delenv("MY_MODELS", raising=False)
+    assert resolve(wanted).model.checkpoint == ""
+    monkeypatch.setenv("MY_MODELS", "/models")
+    assert resolve(wanted).model.checkpoint == "/models/a.pt"
+
+
+def test_the_checkpoint_is_the_twin_of_the_file(made, model, splits):
+    source = model_source(model, image_shape=(1, 12, 12), num_classes=3)
+    network, structure = load_network(made.out / "model", source)
+    assert structure.classes == ("cup", "hat", "key")
+    with torch.no_grad():
+        right = (network(splits.test.pixels()).argmax(1) == splits.test.labels).double().mean()
+    assert float(right) == pytest.approx(made.record.stages[3].clean_accuracy)
+
+
+def test_the_file_says_what_it_is(made):
+    file = onnx.load(made.out / "model.onnx")
+    facts = {item.key: item.value for item in file.metadata_props}
+    assert json.loads(facts["classes"]) == ["cup", "hat", "key"]
+    assert facts["recipe"] == "tiny"
+    assert facts["threat_model"] == "linf 0.1"
+    assert set(json.loads(facts["normalization"])) == {"mean", "std"}
+
+
+def test_the_ledger_is_that_of_the_artifact(made):
+    table = pq.read_table(made.out / "ledger.parquet").to_pydict()
+    artifact = made.record.stages[-1]
+    assert sum(table["clean_right"]) / 60 == artifact.clean_accuracy
+    fooled = [value for value in table["pgd-5:fooled"] if value is not None]
+    assert 1 - sum(fooled) / 50 == pytest.approx(artifact.robust_accuracy["pgd-5"])
+
+
+# --- progress, and running again
+
+
+def test_the_plan_is_what_happens(made):
+    spy = made.spy
+    assert [step.label for step in spy.steps] == spy.begun == spy.built == TINY_STAGES
+    assert not any(step.cached for step in spy.steps)
+    assert all(step.estimate_s > 0 for step in spy.steps if step.label.startswith(("fine", "eval", "exp", "lat")))
+    assert all(0 <= fraction <= 1 for fraction in spy.fractions)
+    assert spy.notes == []
+
+
+def test_running_again_computes_nothing(made, recipe, forge_again, tmp_path):
+    again = forge_again(recipe(), made.store, tmp_path / "out")
+    assert again.spy.cached == TINY_STAGES
+    assert again.spy.built == []
+    assert all(step.cached and step.estimate_s == 0 for step in again.spy.steps)
+    first, second = made.record.model_dump(), again.record.model_dump()
+    del first["provenance"]["created"], second["provenance"]["created"]
+    assert first == second
+    for name in OUT_FILES - {"record.json"}:
+        assert (tmp_path / "out" / name).read_bytes() == (made.out / name).read_bytes()
+
+
+def test_a_record_without_a_folder(made, recipe, splits, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record = run(recipe(), store=made.store, model=model, data=splits)
+    assert without_clock(record) | {"provenance": 0} == without_clock(made.record) | {"provenance": 0}
+    assert list(tmp_path.iterdir()) == []
+    assert torch.get_num_threads() == 1
+
+
+def test_a_record_keeps_its_stages_in_the_store(copied, recipe, forge_again, tmp_path):
+    shutil.rmtree(copied.root / "records")
+    forge_again(recipe(), copied, tmp_path / "out")
+    assert copied.prune().entries == ()
+    (tmp_path / "out" / "record.json").unlink()
+    assert len(copied.prune().entries) == len(TINY_STAGES)
+
+
+def test_a_changed_rate_builds_only_what_stands_on_it(copied, recipe, forge_again, made, tmp_path):
+    changes = {"finetune.lr": 0.011, "finetune.arms": ["adversarial"]}
+    other = forge_again(recipe(changes), copied, tmp_path / "out")
+    assert other.spy.cached == [
+        *("baseline: load", "prune 50% of channels", "quantize to 8/8 bits"),
+        *("export: baseline", "export: parent", "export: compressed", "evaluate: baseline", "evaluate: compressed"),
+    ]
+    assert other.spy.built == [
+        *("fine-tune: adversarial", "export: tuned: adversarial", "evaluate: tuned: adversarial"),
+        *("evaluate: artifact", "agreement of file and twin", "adversarial examples", "latency and energy"),
+    ]
+    assert [stage.label for stage in other.record.stages] == [
+        *("baseline", "compressed, not tuned", "adversarially tuned (adversarial)", "artifact (model.onnx)"),
+    ]
+    assert other.record.stages[0] != made.record.stages[0]  # measured again, together with the new file
+    assert without_clock(other.record)["stages"][:2] == without_clock(made.record)["stages"][:2]
+    assert (tmp_path / "out" / "model.onnx").read_bytes() != (made.out / "model.onnx").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "a missing file"])
+def test_a_damaged_stage_is_rebuilt_and_said(damage, copied, recipe, forge_again, made, tmp_path):
+    (stage,) = (copied.root / "stages" / "prune").iterdir()
+    weights = stage / "model.safetensors"
+    if damage == "a flipped bit":
+        content = bytearray(weights.read_bytes())
+        content[-3] ^= 4
+        weights.write_bytes(content)
+    else:
+        weights.unlink()
+    again = forge_again(recipe(), copied, tmp_path / "out")
+    (note,) = again.spy.notes
+    what = "checksum differs" if damage == "a flipped bit" else "missing"
+    assert f"stage 'prune 50% of channels' in the store was damaged (file model.safetensors: {what})" in note
+    assert note.endswith("rebuilding")
+    assert without_clock(again.record) == without_clock(made.record)
+    assert all(not entry.problem for entry in copied.verify())
+
+
+# --- other shapes of the arrow
+
+
+def test_not_tuned_at_all(copied, recipe, forge_again, tmp_path):
+    changes = {"finetune.arms": ["none"], "deploy.arm": "none"}
+    other = forge_again(recipe(changes), copied, tmp_path / "out")
+    assert [stage.name for stage in other.record.stages] == ["baseline", "compressed", "artifact"]
+    assert other.spy.built == [
+        *("evaluate: artifact", "agreement of file and twin", "adversarial examples", "latency and energy")
+    ]
+    assert other.record.stages[1].size_bytes == other.record.stages[2].size_bytes
+    assert files_in(other.out) == OUT_FILES
+
+
+def test_four_bits_say_that_they_are_not_faster(copied, recipe, forge_again, tmp_path):
+    changes = {
+        "finetune.arms": ["none"], "deploy.arm": "none", "quantize.weight_bits": 4, "quantize.activation_bits": 4,
+    }  # fmt: skip
+    other = forge_again(recipe(changes), copied, tmp_path / "out")
+    compressed, artifact = other.record.stages[1:]
+    assert "quantize to 4/4 bits" in other.spy.built
+    assert (artifact.weight_bits, artifact.activation_bits) == (4, 4)
+    assert compressed.packed_bytes == artifact.packed_bytes
+    assert artifact.notes[-1] == "bits below 8 are stored as clipped 8-bit values: no speed is claimed for them"
+    assert artifact.agreement.clean >= 0.995
+    assert artifact.agreement.adversarial >= 0.995
+
+
+def test_without_quantization_the_file_is_float(copied, recipe, forge_again, tmp_path):
+    changes = {
+        "finetune.arms": ["none"], "deploy.arm": "none", "quantize.weight_bits": 32, "quantize.activation_bits": 32,
+    }  # fmt: skip
+    other = forge_again(recipe(changes), copied, tmp_path / "out")
+    assert "quantize (off)" in other.spy.built
+    kinds = {node.op_type for node in onnx.load(other.out / "model.onnx").graph.node}
+    assert "Conv" in kinds
+    assert not {kind for kind in kinds if "Quantize" in kind}
+    artifact = other.record.stages[-1]
+    assert (artifact.weight_bits, artifact.activation_bits) == (32, 32)
+    assert artifact.agreement.clean >= 0.995
+    assert artifact.notes == ()
+
+
+def test_natural_arm_control_and_reference(copied, recipe, forge_again, made, tmp_path):
+    changes = {
+        "finetune.arms": ["natural"], "deploy.arm": "natural", "control.train": True, "reference.train": True,
+    }  # fmt: skip
+    other = forge_again(recipe(changes), copied, tmp_path / "out")
+    assert [stage.name for stage in other.record.stages] == [
+        *("baseline", "compressed", "tuned", "artifact", "control", "reference"),
+    ]
+    baseline, compressed, tuned, artifact, control, reference = other.record.stages
+    assert "natural" in tuned.label
+    assert tuned.size_bytes == artifact.size_bytes
+    assert without_clock(other.record)["stages"][2] == without_clock(made.record)["stages"][2]
+    assert (control.params, control.macs) == (compressed.params, compressed.macs)
+    assert (control.weight_bits, control.pruning_ratio) == (8, compressed.pruning_ratio)
+    assert (reference.params, reference.macs) == (baseline.params, baseline.macs)
+    assert (reference.weight_bits, reference.pruning_ratio.achieved) == (32, 0)
+    assert reference.train_macs == 192 * (3 + 2 * 2) * reference.macs
+    assert control.train_macs > 0
+    assert control.curve[0].robust_accuracy >= 0
+    assert math.isclose(reference.curve[-1].eps, 0.1)
+    assert not {"fine-tune: natural", "evaluate: tuned: natural"} & set(other.spy.built)
+
+
+# --- plan, without computing
+
+
+def test_the_plan_says_what_is_in_the_store(tmp_path):
+    recipe = load_recipe(
+        {
+            "data": {"train_n": 60, "test_n": 10},
+            "model": {"train": {"epochs": 1}},
+            "finetune": {"arms": ["none"]},
+            "deploy": {"arm": "none"},
+            "compute": {"threads": 1},
+        }
+    )
+    store = Store(tmp_path)
+    before = plan(recipe, store=store)
+    assert [step.label for step in before[:4]] == [
+        *("baseline: train", "prune 50% of channels", "quantize to 8/8 bits", "export: baseline"),
+    ]
+    assert not any(step.cached for step in before)
+    assert before[0].estimate_s > 0
+    assert store.entries() == []
+    data = load_data(recipe.data)
+    source = model_source(recipe.model.source, image_shape=data.image_shape, num_classes=10)
+    shop = Shop(resolve(recipe), data, source, store)
+    for stage in list(arrow(shop))[:2]:
+        shop.make(stage)
+    after = plan(recipe, store=store)
+    assert [step.label for step in after if step.cached] == ["baseline: train", "prune 50% of channels"]
+    assert [step.label for step in after] == [step.label for step in before]
+    assert after[0].estimate_s == 0
+
+
+def test_records_read_back(made):
+    assert Record.model_validate_json(made.record.to_json()) == made.record

@@ -1,0 +1,172 @@
+"""What a stage's key depends on: all that changes its bits, and nothing else. Hardly anything is computed here."""
+
+import copy
+from fnmatch import fnmatch
+
+import pytest
+import torch
+
+from coldforge import stages
+from coldforge.data import from_arrays
+from coldforge.errors import RecipeError
+from coldforge.models import model_source
+from coldforge.pipeline import arrow
+from coldforge.recipe import load_recipe
+
+ON_THE_FILE = ["evaluate: artifact", "agreement*", "adversarial examples", "latency*"]
+AFTER_TUNING = ["fine-tune*", "*tuned*", *ON_THE_FILE]
+AFTER_ROUNDING = ["quantize*", "*compressed", *AFTER_TUNING]
+CHANGES = {
+    "prune.ratio=0.25": ["prune*", "*parent", *AFTER_ROUNDING],
+    "prune.importance=l2": ["prune*", "*parent", *AFTER_ROUNDING],
+    "quantize.weight_bits=4": AFTER_ROUNDING,
+    "quantize.calibration=minmax": AFTER_ROUNDING,
+    "deploy.reduce_range=true": AFTER_ROUNDING,
+    "finetune.lr=0.011": AFTER_TUNING,
+    "finetune.epochs=2": AFTER_TUNING,
+    "deploy.arm=natural": ON_THE_FILE,
+    "evaluate.n=20": ["evaluate*", "agreement*"],
+    'evaluate.attacks=["fgsm"]': ["evaluate*"],
+    'evaluate.attacks=["fgsm", "pgd-5-2"]': ["evaluate*"],
+    'deploy.runtimes=["onnxruntime", "openvino"]': ["latency*"],
+    "threat_model.eps=8/255": ["fine-tune: adversarial", "export*", "evaluate*", *ON_THE_FILE],
+    "threat_model.literal=true": ["fine-tune: adversarial", "export*", "evaluate*", *ON_THE_FILE],
+    "seed=4": ["evaluate*", *AFTER_TUNING],
+    "model.mean=[0.4]": ["*"],
+    "compute.threads=2": ["*"],
+    "compute.precision=bf16": ["*"],
+    "description=other words": [],
+    "data.source=cifar10": [],  # the data are in memory; their fingerprint counts
+    "reference.lr=0.3": [],  # not trained
+    "model.train.lr=0.3": [],
+}
+
+
+def matching(labels, patterns):
+    return {label for label in labels if any(fnmatch(label, pattern) for pattern in patterns)}
+
+
+def changed(before, after):
+    """Labels of the stages whose key is another one, place by place."""
+    pairs = zip(before.values(), after.values(), strict=True)
+    return {old.label for old, new in pairs if old.key != new.key}
+
+
+@pytest.fixture(scope="module")
+def before(stages_of, recipe):
+    return stages_of(recipe())
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_setting_changes_what_stands_on_it(change, before, recipe, stages_of):
+    after = stages_of(load_recipe(recipe().model_dump(mode="json"), overrides=[change]))
+    assert changed(before, after) == matching(before, CHANGES[change])
+
+
+def test_the_same_recipe_has_the_same_keys(before, recipe, stages_of):
+    assert changed(before, stages_of(recipe())) == set()
+
+
+def test_seeds_decide_only_what_is_drawn(recipe, stages_of):
+    seeds = [{"prune.importance": "random", "seed": seed} for seed in (1, 2)]
+    first, second = (stages_of(recipe(changes)) for changes in seeds)
+    assert "prune 50% of channels" in changed(first, second)
+    first, second = (stages_of(recipe({"seed": seed}), network="zoo:cnn8") for seed in (1, 2))
+    assert changed(first, second) == set(first)  # a baseline that is trained here
+
+
+def test_weights_decide(before, recipe, stages_of, model):
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[0].bias[0] += 1e-6
+    assert changed(before, stages_of(recipe(), network=other)) == set(before)
+    assert changed(before, stages_of(recipe(), network=copy.deepcopy(model))) == set()
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_data_decide(part, before, recipe, stages_of, splits):
+    images = {"train": splits.train.images.clone(), "test": splits.test.images.clone()}
+
+    def again():
+        return from_arrays(
+            images["train"], splits.train.labels, images["test"], splits.test.labels, classes=splits.train.classes
+        )
+
+    same, as_before = stages_of(recipe(), data=again()), stages_of(recipe(), data=again())
+    assert changed(same, as_before) == set()
+    images[part][0, 0, 0, 0] ^= 1
+    assert changed(same, stages_of(recipe(), data=again())) == set(before)
+
+
+def test_the_content_of_a_checkpoint_decides_and_not_its_name(recipe, shop, tmp_path, monkeypatch):
+    def key(text):
+        return stages.baseline(shop(recipe({"model.checkpoint": text}), network="zoo:cnn8")).key
+
+    for name, content in (("a.pt", b"1"), ("b.pt", b"1"), ("c.pt", b"2")):
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setenv("MODELS", str(tmp_path))
+    assert key(str(tmp_path / "a.pt")) == key(str(tmp_path / "b.pt")) == key("$MODELS/a.pt")
+    assert key(str(tmp_path / "a.pt")) != key(str(tmp_path / "c.pt"))
+
+
+def test_optional_rows_change_no_other(before, recipe, stages_of):
+    more = stages_of(recipe({"control.train": True, "reference.train": True}))
+    added = set(more) - set(before)
+    assert added == {
+        *("control: train the small network from scratch", "export: control", "evaluate: control"),
+        *("reference: train adversarially", "export: reference", "evaluate: reference"),
+    }
+    assert all(more[label].key == stage.key for label, stage in before.items())
+    fewer = stages_of(recipe({"finetune.arms": ["adversarial"]}))
+    gone = {"fine-tune: natural", "export: tuned: natural", "evaluate: tuned: natural"}
+    assert set(before) - set(fewer) == gone
+    assert changed({label: before[label] for label in fewer}, fewer) == {"adversarial examples"}  # one row less
+
+
+def test_every_stage_is_made_once_and_after_what_it_reads(recipe, shop):
+    made = list(arrow(shop(recipe({"control.train": True, "reference.train": True}))))
+    assert len({stage.key for stage in made}) == len(made)
+    kinds = [stage.kind for stage in made]
+    assert kinds[:3] == ["baseline", "prune", "quantize"]
+    assert kinds[-3:] == ["agree", "gallery", "measure"]
+    assert max(index for index, kind in enumerate(kinds) if kind == "export") < kinds.index("evaluate")
+
+
+def test_estimates_know_what_is_expensive(recipe, stages_of):
+    plain = stages_of(recipe(), network="zoo:cnn8")
+    assert plain["baseline: train"].macs > 0
+    assert plain["fine-tune: adversarial"].macs > plain["fine-tune: natural"].macs > 0
+    longer = stages_of(recipe({"finetune.epochs": 4}), network="zoo:cnn8")
+    assert longer["fine-tune: natural"].macs == 4 * plain["fine-tune: natural"].macs
+    assert plain["prune 50% of channels"].macs == 0
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_one_mean_and_std_a_channel(name, recipe, shop):
+    with pytest.raises(RecipeError, match=rf"model\.{name}: expected 1 numbers, one a channel, got 3"):
+        stages.baseline(shop(recipe({f"model.{name}": [0.5, 0.4, 0.3]})))
+
+
+def test_eight_bits_of_a_real_network_take_less_than_a_third(recipe, shop):
+    """cnn8 at ratio 0.5, as in issue 2: the int8 file against the float file of the same pruned network."""
+    images = torch.rand(40, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(40) % 10
+    data = from_arrays(images, labels, images, labels)
+    live = model_source("zoo:cnn8", image_shape=(1, 28, 28), num_classes=10).build(0)
+    here = shop(recipe(), data=data, network=live)
+    baseline = stages.baseline(here)
+    parent = stages.prune(here, baseline)
+    rounded = stages.quantize(here, parent)
+    files = [stages.export(here, network, "x") for network in (parent, rounded)]
+    for stage in (baseline, parent, rounded, *files):
+        here.make(stage)
+    float_bytes, int8_bytes = (here.result(file)["size_bytes"] for file in files)
+    assert int8_bytes < 0.3 * float_bytes
+    assert here.result(files[1])["packed_bytes"] < 0.27 * here.result(files[0])["packed_bytes"]
+    assert here.result(files[0])["params"] == here.result(files[1])["params"] - extra_steps(here, rounded)
+
+
+def extra_steps(shop, stage):
+    """Parameters that quantization adds: its step sizes, and biases where there were none."""
+    network, _ = shop.network(stage)
+    return sum(parameter.numel() for name, parameter in network.named_parameters() if name.endswith("step"))

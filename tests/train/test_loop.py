@@ -1,0 +1,282 @@
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from coldforge.attacks import ThreatModel, parse_attack, predict
+from coldforge.compress import QuantizedLayer
+from coldforge.data import from_arrays
+from coldforge.errors import CollapseError, TrainingError
+from coldforge.evaluate import evaluate, summarize
+from coldforge.measure import count_macs
+from coldforge.models import normalized
+from coldforge.recipe import TrainSpec
+from coldforge.records import CurvePoint
+from coldforge.train import loop, train
+
+
+def accuracy(network, data, threat, attack="pgd-10"):
+    found = summarize(evaluate(network, data, [parse_attack(attack)], threat), data.classes)
+    return found.clean_accuracy, found.robust_accuracy[attack]
+
+
+# --- what training is for
+
+
+@pytest.mark.parametrize("kind", ["float", "batchnorm", "quantized"])
+def test_training_learns(kind, build, splits, threat):
+    network = build(kind)
+    before, _ = accuracy(network, splits.test, threat)
+    result = train(network, splits, TrainSpec(epochs=5, batch_size=8, lr=0.03), threat)
+    after, _ = accuracy(result.model, splits.test, threat)
+    assert before < 0.6
+    assert after > 0.9
+    assert result.curve[-1].clean_accuracy > 0.9
+    assert result.curve[-1].loss < result.curve[0].loss / 2
+    assert [point.epoch for point in result.curve] == [1, 2, 3, 4, 5]
+    assert {(point.eps, point.robust_accuracy) for point in result.curve} == {(0.0, -1.0)}  # not watched
+    assert result.notes == ()
+    assert not result.model.training
+
+
+def test_adversarial_training_is_worth_it(tempting, threat):
+    network = normalized(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), (0.5,), (0.1,))
+    spec = TrainSpec(epochs=6, batch_size=32, lr=0.1, attack="pgd-3")
+    natural = train(network, tempting, spec, threat)
+    adversarial = train(network, tempting, spec.model_copy(update={"objective": "adversarial"}), threat)
+    clean, robust = accuracy(natural.model, tempting.test, threat)
+    assert clean > 0.93  # better than the strong pixels alone
+    assert robust < 0.5
+    clean, robust = accuracy(adversarial.model, tempting.test, threat)
+    assert clean > 0.8
+    assert robust > 0.75
+    assert adversarial.curve[-1].robust_accuracy == pytest.approx(robust, abs=0.15)
+    assert [point.eps for point in adversarial.curve][-1] == threat.eps
+    assert adversarial.curve[0].eps < threat.eps  # the ramp
+
+
+@pytest.mark.parametrize("kind", ["batchnorm", "quantized"])
+def test_the_argument_stays_as_it_was(kind, build, splits, threat):
+    network = build(kind).train()
+    network.network[0].weight.requires_grad_(False) if kind == "batchnorm" else None
+    before = copy.deepcopy(network.state_dict())
+    needed = [parameter.requires_grad for parameter in network.parameters()]
+    random_state = torch.get_rng_state()
+    result = train(network, splits, TrainSpec(epochs=1, batch_size=16, objective="adversarial"), threat)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert [parameter.requires_grad for parameter in network.parameters()] == needed
+    assert [parameter.grad for parameter in network.parameters()] == [None] * len(needed)
+    assert all(module.training for module in network.modules())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in result.model.state_dict().items())
+    if kind == "batchnorm":
+        assert torch.equal(result.model.network[0].weight, before["network.0.weight"])  # frozen stays frozen
+
+
+def test_step_sizes_are_trained_with_the_weights(build, splits, threat):
+    network = build("quantized")
+    trained = train(network, splits, TrainSpec(epochs=1, batch_size=16, lr=0.05), threat).model
+    layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, QuantizedLayer)]
+    assert len(layers) == 3
+    for name, layer in layers:
+        assert not torch.equal(trained.get_submodule(name).weight_step, layer.weight_step)
+        assert not torch.equal(trained.get_submodule(name).weight, layer.weight)
+
+
+def test_no_step_size_dies_or_explodes(build, splits, threat):
+    """SGD alone carries the steps of this network's last layer below 0: two of its three outputs were constant."""
+    network = build("quantized")
+    trained = train(network, splits, TrainSpec(epochs=4, batch_size=16, lr=0.05), threat).model
+    steps = {name: step for name, step in trained.named_parameters() if name.endswith("step")}
+    before = dict(network.named_parameters())
+    assert len(steps) == 6
+    for name, step in steps.items():
+        ratio = step / before[name]
+        assert (ratio >= 0.0999).all()
+        assert (ratio <= 10.001).all()
+    spread = predict(trained, splits.test.pixels()).std(0)
+    assert (spread > 0.1).all()
+
+
+@pytest.mark.parametrize("what", ["seed", "labels"])
+def test_another_seed_or_data_set_ends_elsewhere(what, build, splits, threat):
+    spec = TrainSpec(epochs=1, batch_size=16)
+    first = train(build("float"), splits, spec, threat).model.state_dict()
+    if what == "seed":
+        second = train(build("float"), splits, spec, threat, seed=1)
+    else:
+        train_set = splits.train
+        other = from_arrays(
+            train_set.images, train_set.labels.flip(0), splits.test.images, splits.test.labels, validation=30
+        )
+        second = train(build("float"), other, spec, threat)
+    assert not torch.equal(first["network.0.weight"], second.model.state_dict()["network.0.weight"])
+
+
+class Idle(nn.Module):
+    """Parameters whose gradient is 0 all the time, beside a real network."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+        self.matrix = nn.Parameter(torch.ones(2, 2))
+        self.vector = nn.Parameter(torch.ones(2))
+        self.number = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, inputs):
+        return self.network(inputs) + 0 * (self.matrix.sum() + self.vector.sum() + self.number)
+
+
+def test_only_weights_decay(build, splits, threat):
+    spec = TrainSpec(
+        epochs=1, batch_size=66, lr=0.01, momentum=0, nesterov=False, weight_decay=5, warmup=0, schedule="constant"
+    )
+    trained = train(Idle(build("float")), splits, spec, threat).model
+    assert torch.allclose(trained.matrix, torch.full((2, 2), 1 - 0.01 * 5))
+    assert torch.equal(trained.vector, torch.ones(2))
+    assert torch.equal(trained.number, torch.tensor(1.0))
+
+
+# --- what it says
+
+
+@pytest.mark.parametrize(
+    ("objective", "attack", "passes"),
+    [("natural", "pgd-7", 3), ("adversarial", "fgsm-rs", 5), ("adversarial", "pgd-3", 9)],
+)
+@pytest.mark.parametrize(("batch_size", "seen"), [(16, 64), (100, 66)])
+def test_macs(objective, attack, passes, batch_size, seen, build, splits, threat):
+    """Forward and backward of training are 3 passes, each step of the inner attack 2; the last batch is dropped."""
+    spec = TrainSpec(epochs=2, batch_size=batch_size, objective=objective, attack=attack, lr=0.01)
+    result = train(build("float"), splits, spec, threat)
+    assert result.macs == 2 * seen * passes * count_macs(build("float"), (1, 8, 8))
+    assert result.seconds > 0
+
+
+def test_progress_rises_to_1(build, splits, threat):
+    said = []
+    spec = TrainSpec(epochs=2, batch_size=16)
+    train(build("float"), splits, spec, threat, on_progress=lambda fraction, text: said.append((fraction, text)))
+    fractions = [fraction for fraction, _ in said]
+    assert fractions == [step / 8 for step in range(1, 9)]
+    assert said[0][1].startswith("epoch 1/2  loss ")
+    assert said[-1][1].startswith("epoch 2/2  loss ")
+
+
+# --- what it refuses
+
+
+class Fragile(nn.Module):
+    """Falls to a constant answer for good where a learning rate tears at its weights."""
+
+    def __init__(self, network, limit):
+        super().__init__()
+        self.network, self.limit = network, limit
+
+    def forward(self, inputs):
+        whole = self.network.network[-1].weight.detach().abs().max() < self.limit
+        return self.network(inputs) * whole + torch.tensor([0.0, 1.0, 0.0]) * ~whole
+
+
+def test_a_collapse_is_retried_at_a_third_of_the_rate(build, splits, threat):
+    notes = []
+    spec = TrainSpec(epochs=2, batch_size=16, lr=0.6, schedule="constant", warmup=0, weight_decay=0)
+    result = train(Fragile(build("float"), 0.8), splits, spec, threat, on_note=notes.append)
+    assert tuple(notes) == result.notes
+    assert 1 <= len(notes) <= 2
+    assert notes[0].startswith("training at lr 0.6 collapsed (")
+    assert "% of the validation images get the same answer after epoch" in notes[0]
+    assert notes[0].endswith("started again at lr 0.2")
+    assert result.curve[-1].lr == pytest.approx(0.6 / 3 ** len(notes))
+    assert [point.epoch for point in result.curve] == [1, 2]  # of the attempt that held
+    assert result.curve[-1].clean_accuracy > 0.8
+    again = train(Fragile(build("float"), 0.8), splits, spec, threat)
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), result.model.parameters(), strict=True))
+
+
+class Constant(nn.Sequential):
+    """Always the same answer."""
+
+    def forward(self, inputs):
+        return super().forward(inputs) * 0 + torch.tensor([0.0, 1.0, 0.0])
+
+
+def test_a_network_that_always_collapses(build, splits, threat):
+    notes = []
+    with pytest.raises(CollapseError) as raised:
+        train(Constant(build("float")), splits, TrainSpec(lr=0.09, batch_size=16), threat, on_note=notes.append)
+    message = str(raised.value)
+    assert "training collapsed 3 times, last at lr 0.01: 100% of the validation images get the same answer" in message
+    assert "Lower finetune.lr, raise finetune.epochs or eps_ramp, or prune less" in message
+    assert len(notes) == 2
+    with pytest.raises(CollapseError, match=r"collapsed 1 times, last at lr 0\.09"):
+        train(Constant(build("float")), splits, TrainSpec(lr=0.09, batch_size=16, retries=0), threat)
+
+
+def test_a_constant_answer_that_is_right_is_no_collapse(build, threat):
+    images = torch.rand(96, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.ones(96, dtype=torch.int64)
+    data = from_arrays(images, labels, images, labels, classes=("a", "b", "c"), validation=30)
+    assert train(Constant(build("float")), data, TrainSpec(epochs=1, batch_size=16), threat).notes == ()
+
+
+@pytest.mark.parametrize("objective", ["natural", "adversarial"])
+def test_a_loss_that_is_not_finite(objective, build, splits, threat):
+    spec = TrainSpec(epochs=2, batch_size=16, lr=1e30, retries=1, objective=objective)
+    with pytest.raises(TrainingError, match=r"collapsed 2 times.* the loss is not finite at step \d") as raised:
+        train(build("float"), splits, spec, threat)
+    assert not isinstance(raised.value, CollapseError)
+
+
+class Torn(nn.Module):
+    """Its loss is finite, its gradient is not: the first step makes the weights NaN."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+        self.zero = nn.Parameter(torch.zeros(1))
+
+    def forward(self, inputs):
+        return self.network(inputs) * (1 + self.zero.abs().sqrt())
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("objective", ["natural", "adversarial"])
+def test_weights_that_the_last_step_of_an_epoch_destroys(objective, norm, build, splits):
+    threat = ThreatModel(norm, 0.1)
+    spec = TrainSpec(epochs=2, batch_size=66, retries=1, objective=objective)
+    with pytest.raises(TrainingError, match=r"collapsed 2 times.* the weights are not finite after step 1") as raised:
+        train(Torn(build("float")), splits, spec, threat)
+    assert not isinstance(raised.value, CollapseError)
+
+
+def curve(*robust):
+    common = {"loss": 1.0, "lr": 0.1, "eps": 0.1, "clean_accuracy": 0.9}
+    return [CurvePoint(epoch=epoch, robust_accuracy=value, **common) for epoch, value in enumerate(robust, 1)]
+
+
+@pytest.mark.parametrize("robust", [(0.5, 0.05), (0.1, 0.6, 0.55, 0.2), (0.3, 0.0)])
+def test_catastrophic_overfitting_is_refused(robust, build, splits):
+    message = rf"catastrophic overfitting: PGD accuracy fell from {max(robust):.0%} to {robust[-1]:.0%} in epoch \d"
+    with pytest.raises(loop._Collapse, match=message):
+        loop._refuse_collapse(build("float"), splits.validation, curve(*robust), parse_attack("fgsm-rs"))
+
+
+@pytest.mark.parametrize("robust", [(0.5,), (0.5, 0.4), (0.1, 0.3, 0.5), (0.5, 0.3, 0.45), (0.1, 0.04)])
+def test_robustness_that_wavers_is_not(robust, build, splits):
+    loop._refuse_collapse(build("float"), splits.validation, curve(*robust), parse_attack("fgsm-rs"))
+
+
+def test_natural_training_may_lose_robustness(build, splits):
+    loop._refuse_collapse(build("float"), splits.validation, curve(0.9, 0.0), None)
+
+
+def test_the_loss_of_an_epoch_is_the_mean_of_its_steps(build, splits, threat):
+    losses = []
+    spec = TrainSpec(epochs=1, batch_size=16)
+    result = train(
+        build("float"), splits, spec, threat, on_progress=lambda _, text: losses.append(float(text.split()[-1]))
+    )
+    assert math.isclose(result.curve[0].loss, sum(losses) / len(losses), abs_tol=1e-3)
