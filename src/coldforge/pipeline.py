@@ -20,7 +20,7 @@ from torch import nn
 from coldforge import assemble, stages
 from coldforge.attacks import parse_attack
 from coldforge.data import DataSplits, load_data
-from coldforge.models import model_source
+from coldforge.models import check_classifier, model_source
 from coldforge.progress import Progress, Step
 from coldforge.provenance import has_bf16, physical_cores
 from coldforge.recipe import Recipe
@@ -165,6 +165,7 @@ def _shop(
         image_shape=data.image_shape,
         num_classes=len(data.classes),
     )
+    check_classifier(source.build(0), data.image_shape, len(data.classes))
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.compute.threads)
     try:

@@ -116,7 +116,8 @@ class TrainSpec(Spec):
     label_smoothing: Number = Field(default=0.0, ge=0, lt=1)
     """Label smoothing of the outer loss."""
     retries: int = Field(default=2, ge=0)
-    """How often a collapsed training is started again, each time at a third of the learning rate."""
+    """How often a collapsed training is started again: at a third of the learning rate, or, if it overfitted its inner
+    attack, with one more step of it."""
 
 
 class ModelSpec(Spec):

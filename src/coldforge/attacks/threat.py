@@ -46,7 +46,7 @@ class ThreatModel:
             points = torch.minimum(torch.maximum(points, clean - self.eps), clean + self.eps)
         else:
             delta = points - clean
-            norms = delta.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, *[1] * (delta.ndim - 1))
+            norms = self.size(delta).clamp_min(1e-12).view(-1, *[1] * (delta.ndim - 1))
             points = clean + delta * (self.eps / norms).clamp_max(1.0)
         return points.clamp(0.0, 1.0) if self.box else points
 
@@ -54,7 +54,7 @@ class ThreatModel:
         """Steepest ascent of ``length`` (pixel units) in this norm: a sign for linf, a unit vector for l2."""
         if self.norm == "linf":
             return gradient.sign() * length
-        norms = gradient.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, *[1] * (gradient.ndim - 1))
+        norms = self.size(gradient).clamp_min(1e-30).view(-1, *[1] * (gradient.ndim - 1))
         return gradient / norms * length
 
     def random_start(self, clean: Tensor, generator: torch.Generator) -> Tensor:

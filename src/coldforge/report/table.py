@@ -202,6 +202,11 @@ def footnotes(record: Record) -> list[str]:
             f"Robust: {text.norm(threat.norm)} perturbations up to eps {text.eps(threat.eps)} of the pixel range "
             f"({text.eps_255(threat.eps_255)}). {lines[0]}"
         )
+        if not threat.box or "paper" in str(record.recipe.get("name", "")):
+            lines.append(
+                f"The code of arXiv 2403.09441 counts eps on inputs scaled to [-1, 1]: there this eps is called "
+                f"{text.eps(2 * threat.eps)}."
+            )
     if any(stage.latency_s for stage in record.stages):
         base = record.stage("baseline")
         eager = base is not None and any(_eager(row) for row in base.latency_s)

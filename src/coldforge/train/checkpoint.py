@@ -22,6 +22,9 @@ class TrainState:
     """Where a training stands."""
 
     attempt: int = 0
+    """How often it collapsed."""
+    stronger: int = 0
+    """How many of these were answered by a stronger inner attack; the others by a lower learning rate."""
     step: int = 0
     epoch_loss: float = 0.0
     """Sum of the losses of the current epoch so far."""
@@ -59,6 +62,7 @@ def save_state(folder: Path, state: TrainState) -> None:
     tensors |= {f"momentum.{name}": tensor.contiguous() for name, tensor in state.momentum.items()}
     numbers = {
         "attempt": state.attempt,
+        "stronger": state.stronger,
         "step": state.step,
         "epoch_loss": state.epoch_loss,
         "seconds": state.seconds,
@@ -83,6 +87,7 @@ def load_state(folder: Path) -> TrainState | None:
 
         return TrainState(
             attempt=numbers["attempt"],
+            stronger=numbers["stronger"],
             step=numbers["step"],
             epoch_loss=numbers["epoch_loss"],
             seconds=numbers["seconds"],

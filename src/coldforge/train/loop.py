@@ -3,6 +3,10 @@
 The loop is a function of its arguments: the images of a step, their augmentation and the start of the inner attack are
 drawn from generators keyed by (seed, epoch, step), and a checkpoint holds the rest. So a training that was killed
 continues to the same bits. A network that collapses is started again at a lower rate, and the result says so.
+
+The inner attack on a quantized network takes its gradients through the clipping range in the two known ways in turn,
+step by step. With only one of them the network learns to saturate its activations until that attack is blind: accuracy
+under it looks well and the other kind breaks it, or training collapses (measured: docs/architecture.md).
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from coldforge.attacks import PGD, ThreatModel, parse_attack, perturb, predict
 from coldforge.compress import ActivationQuantizer, QuantizedLayer, attacking
 from coldforge.data import DataSplits, ImageSet, epoch_batches, steps_per_epoch
 from coldforge.errors import CollapseError, TrainingError
-from coldforge.evaluate import evaluate, summarize
+from coldforge.evaluate import BACKWARDS, evaluate, summarize
 from coldforge.measure import count_macs
 from coldforge.models import channels_last
 from coldforge.recipe import TrainSpec, spec_hash
@@ -36,6 +40,8 @@ CHECKPOINT_SECONDS = 15.0
 MONITOR_IMAGES = 512
 MONITOR_ATTACK = "pgd-10"
 RETRY_FACTOR = 1 / 3
+WEAK_STEPS = 3
+"""Inner attacks of at most so many steps are watched for catastrophic overfitting."""
 STEP_RANGE = 10.0
 """A learned quantizer step stays within this factor of its calibrated value."""
 
@@ -54,6 +60,10 @@ class TrainResult:
 
 class _Collapse(Exception):
     """This attempt failed; the message says how."""
+
+
+class _Overfitting(_Collapse):
+    """Catastrophic overfitting: the inner attack is too weak, whatever the learning rate."""
 
 
 def train(
@@ -93,20 +103,37 @@ def train(
         try:
             return _attempt(model, data, spec, threat_model, seed, precision, folder, state, on_progress)
         except _Collapse as collapse:
-            failed = spec.lr * RETRY_FACTOR**state.attempt
             if state.attempt >= spec.retries:
                 raise (TrainingError if "finite" in str(collapse) else CollapseError)(
-                    f"training collapsed {state.attempt + 1} times, last at lr {failed:.3g}: {collapse}. "
-                    "Lower finetune.lr, raise finetune.epochs or eps_ramp, or prune less"
+                    f"training collapsed {state.attempt + 1} times, last with {_way(spec, state)}: {collapse}. "
+                    "Lower finetune.lr, raise finetune.epochs or finetune.eps_ramp, take a stronger finetune.attack, "
+                    "or prune less"
                 ) from None
-            note = (
-                f"training at lr {failed:.3g} collapsed ({collapse}); started again at lr {failed * RETRY_FACTOR:.3g}"
-            )
-            state = TrainState(attempt=state.attempt + 1, seconds=state.seconds, notes=(*state.notes, note))
+            stronger = state.stronger + isinstance(collapse, _Overfitting)
+            again = TrainState(attempt=state.attempt + 1, stronger=stronger, seconds=state.seconds)
+            note = f"training with {_way(spec, state)} collapsed ({collapse}); started again with {_way(spec, again)}"
+            state = replace(again, notes=(*state.notes, note))
             if folder:
                 save_state(folder, state)
             if on_note:
                 on_note(note)
+
+
+def _peak(spec: TrainSpec, state: TrainState) -> float:
+    return spec.lr * RETRY_FACTOR ** (state.attempt - state.stronger)
+
+
+def _inner(spec: TrainSpec, state: TrainState) -> PGD | None:
+    """The inner attack; one more step for each time that it was overfitted."""
+    if spec.objective != "adversarial":
+        return None
+    inner = parse_attack(spec.attack)
+    return parse_attack(f"pgd-{inner.steps + state.stronger}") if state.stronger else inner
+
+
+def _way(spec: TrainSpec, state: TrainState) -> str:
+    inner = _inner(spec, state)
+    return f"lr {_peak(spec, state):.3g}" + (f" and {inner.name}" if inner else "")
 
 
 def _attempt(
@@ -129,10 +156,10 @@ def _attempt(
     if state.model:
         state.restore(network, optimizer)
     wrapped, optimizer = fabric.setup(network, optimizer)
-    inner = parse_attack(spec.attack) if spec.objective == "adversarial" else None
+    inner = _inner(spec, state)
     per_epoch = steps_per_epoch(len(data.train), spec.batch_size)
     total = per_epoch * spec.epochs
-    peak = spec.lr * RETRY_FACTOR**state.attempt
+    peak = _peak(spec, state)
     step, epoch_loss, curve, started = state.step, state.epoch_loss, list(state.curve), time.monotonic()
     saved = started
 
@@ -158,7 +185,7 @@ def _attempt(
             if inner is not None:
                 now = replace(threat_model, eps=eps)
                 generator = torch.Generator().manual_seed(int(spec_hash(seed, "inner attack", step)[:15], 16))
-                with attacking(network), fabric.autocast():
+                with attacking(network, BACKWARDS[step % len(BACKWARDS)]), fabric.autocast():
                     images = perturb(network, images, labels, now, inner, generator)
             network.train()
             loss = F.cross_entropy(wrapped(images), labels, label_smoothing=spec.label_smoothing)
@@ -181,10 +208,10 @@ def _attempt(
                 point = _monitor(network, data.validation, threat_model, spec, epoch, epoch_loss / per_epoch, lr, eps)
                 curve.append(point)
                 epoch_loss = 0.0
-                _refuse_collapse(network, data.validation, curve, inner)
+                _refuse_collapse(network, data.validation, curve, inner, threat_model.eps)
             if folder is not None and time.monotonic() - saved > CHECKPOINT_SECONDS:
                 saved = time.monotonic()
-                reached = TrainState(state.attempt, step, epoch_loss, seconds(), tuple(curve), state.notes)
+                reached = replace(state, step=step, epoch_loss=epoch_loss, seconds=seconds(), curve=tuple(curve))
                 save_state(folder, reached.holding(network, optimizer))
     passes = 3 + (2 * inner.steps if inner else 0)
     macs = float(total * min(spec.batch_size, len(data.train)) * passes) * count_macs(network, data.image_shape)
@@ -242,20 +269,33 @@ def _monitor(
     )
 
 
-def _refuse_collapse(network: nn.Module, validation: ImageSet, curve: list[CurvePoint], inner: PGD | None) -> None:
-    """Raise :class:`_Collapse` for a constant answer, and for catastrophic overfitting (Wong et al. 2020): a network
-    that learned to fool its own one-step attack has lost most of the PGD accuracy it had an epoch before.
+def _refuse_collapse(
+    network: nn.Module, validation: ImageSet, curve: list[CurvePoint], inner: PGD | None, eps: float
+) -> None:
+    """Raise :class:`_Collapse` for a constant answer, and for catastrophic overfitting of a weak inner attack.
+
+    The signs of the latter (Wong et al. 2020): PGD accuracy falls to half of what it was, or the images of the inner
+    attack are answered with far more confidence than PGD accuracy allows.
     """
     watched = validation.take(slice(0, MONITOR_IMAGES))
     answers = predict(network, watched.pixels()).argmax(1)
     share = float(answers.bincount().max()) / len(answers)
     expected = float(watched.labels.bincount().max()) / len(answers)
+    now = curve[-1]
     if share > 0.95 and expected < 0.9:
-        raise _Collapse(f"{share:.0%} of the validation images get the same answer after epoch {curve[-1].epoch}")
-    if inner is not None and len(curve) > 1:
-        best = max(point.robust_accuracy for point in curve)
-        if best > 0.2 and curve[-1].robust_accuracy < best / 2:
-            raise _Collapse(
-                f"catastrophic overfitting: PGD accuracy fell from {best:.0%} to {curve[-1].robust_accuracy:.0%} "
-                f"in epoch {curve[-1].epoch}"
-            )
+        raise _Collapse(f"{share:.0%} of the validation images get the same answer after epoch {now.epoch}")
+    if inner is None or len(curve) < 2:
+        return
+    best = max(point.robust_accuracy for point in curve)
+    if best > 0.2 and now.robust_accuracy < best / 2:
+        raise _Overfitting(
+            f"catastrophic overfitting: PGD accuracy fell from {best:.0%} to {now.robust_accuracy:.0%} "
+            f"in epoch {now.epoch}"
+        )
+    confidence = math.exp(-now.loss)  # geometric mean of the probability of the true class, under the inner attack
+    at_full_eps = curve[-2].eps >= eps * (1 - 1e-6)
+    if at_full_eps and inner.steps <= WEAK_STEPS and confidence > now.robust_accuracy + 0.2:
+        raise _Overfitting(
+            f"catastrophic overfitting: {inner.name} leaves {confidence:.0%} confidence in the true class, "
+            f"PGD accuracy is {now.robust_accuracy:.0%} after epoch {now.epoch}"
+        )
