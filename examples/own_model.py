@@ -36,7 +36,7 @@ def draw(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 class Bars(nn.Module):
     """A small residual network; takes pixels in [0, 1], normalization is added by coldforge."""
 
-    def __init__(self, width: int = 32) -> None:
+    def __init__(self, width: int = 16) -> None:
         super().__init__()
         self.stem, self.norm = nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
         self.body = nn.Conv2d(width, width, 3, padding=1)
@@ -62,7 +62,8 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int = 3) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description="coldforge on a network of your own")
     parser.add_argument("--out", default="forged-own-model", help="folder for the report and the ONNX file")
-    parser.add_argument("--n", type=int, default=6000, help="training images")
+    parser.add_argument("--n", type=int, default=4000, help="training images")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs of fine-tuning")
     options = parser.parse_args()
     torch.manual_seed(0)
 
@@ -73,7 +74,13 @@ def main() -> None:
         model,
         data,
         out=options.out,
-        settings={"threat_model.eps": EPS, "prune.ratio": 0.5, "finetune.epochs": 3, "evaluate.attacks": ["fgsm"]},
+        settings={
+            "threat_model.eps": EPS,
+            "prune.ratio": 0.5,
+            "finetune.epochs": options.epochs,
+            "finetune.lr": 0.02,
+            "evaluate.attacks": ["fgsm", "pgd-20"],
+        },
     )
     print(f"written to {forged.folder}: {', '.join(sorted(path.name for path in forged.folder.iterdir()))}")
 

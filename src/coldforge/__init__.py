@@ -22,6 +22,7 @@ from coldforge._version import __version__ as __version__
 if TYPE_CHECKING:
     from coldforge.api import Forged as Forged
     from coldforge.api import forge as forge
+    from coldforge.data import from_arrays as from_arrays
     from coldforge.data import load_data as load_data
     from coldforge.errors import ColdforgeError as ColdforgeError
     from coldforge.pipeline import run as run
@@ -40,6 +41,7 @@ _HOMES = {
     "Store": "store",
     "Forged": "api",
     "forge": "api",
+    "from_arrays": "data",
     "load_data": "data",
     "load_recipe": "recipe",
     "load_record": "records",
@@ -55,6 +57,7 @@ __all__ = [
     "Store",
     "__version__",
     "forge",
+    "from_arrays",
     "load_data",
     "load_recipe",
     "load_record",

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from coldforge.attacks import ThreatModel, parse_attack, predict
-from coldforge.compress import QuantizedLayer
+from coldforge.attacks import ThreatModel, parse_attack, perturb, predict
+from coldforge.compress import ActivationQuantizer, QuantizedLayer
 from coldforge.data import from_arrays
 from coldforge.errors import CollapseError, TrainingError
 from coldforge.evaluate import evaluate, summarize
@@ -186,9 +186,9 @@ def test_a_collapse_is_retried_at_a_third_of_the_rate(build, splits, threat):
     result = train(Fragile(build("float"), 0.8), splits, spec, threat, on_note=notes.append)
     assert tuple(notes) == result.notes
     assert 1 <= len(notes) <= 2
-    assert notes[0].startswith("training at lr 0.6 collapsed (")
+    assert notes[0].startswith("training with lr 0.6 collapsed (")
     assert "% of the validation images get the same answer after epoch" in notes[0]
-    assert notes[0].endswith("started again at lr 0.2")
+    assert notes[0].endswith("started again with lr 0.2")
     assert result.curve[-1].lr == pytest.approx(0.6 / 3 ** len(notes))
     assert [point.epoch for point in result.curve] == [1, 2]  # of the attempt that held
     assert result.curve[-1].clean_accuracy > 0.8
@@ -208,10 +208,10 @@ def test_a_network_that_always_collapses(build, splits, threat):
     with pytest.raises(CollapseError) as raised:
         train(Constant(build("float")), splits, TrainSpec(lr=0.09, batch_size=16), threat, on_note=notes.append)
     message = str(raised.value)
-    assert "training collapsed 3 times, last at lr 0.01: 100% of the validation images get the same answer" in message
-    assert "Lower finetune.lr, raise finetune.epochs or eps_ramp, or prune less" in message
+    assert "training collapsed 3 times, last with lr 0.01: 100% of the validation images get the same answer" in message
+    assert "Lower finetune.lr, raise finetune.epochs or finetune.eps_ramp, take a stronger" in message
     assert len(notes) == 2
-    with pytest.raises(CollapseError, match=r"collapsed 1 times, last at lr 0\.09"):
+    with pytest.raises(CollapseError, match=r"collapsed 1 times, last with lr 0\.09"):
         train(Constant(build("float")), splits, TrainSpec(lr=0.09, batch_size=16, retries=0), threat)
 
 
@@ -252,25 +252,74 @@ def test_weights_that_the_last_step_of_an_epoch_destroys(objective, norm, build,
     assert not isinstance(raised.value, CollapseError)
 
 
-def curve(*robust):
-    common = {"loss": 1.0, "lr": 0.1, "eps": 0.1, "clean_accuracy": 0.9}
+def curve(*robust, loss=1.5, eps=0.1):
+    common = {"lr": 0.1, "clean_accuracy": 0.9, "loss": loss, "eps": eps}
     return [CurvePoint(epoch=epoch, robust_accuracy=value, **common) for epoch, value in enumerate(robust, 1)]
 
 
+def judge(build, splits, points, attack="fgsm-rs"):
+    inner = parse_attack(attack) if attack else None
+    loop._refuse_collapse(build("float"), splits.validation, points, inner, 0.1)
+
+
 @pytest.mark.parametrize("robust", [(0.5, 0.05), (0.1, 0.6, 0.55, 0.2), (0.3, 0.0)])
-def test_catastrophic_overfitting_is_refused(robust, build, splits):
+def test_a_fall_of_pgd_accuracy_is_catastrophic_overfitting(robust, build, splits):
     message = rf"catastrophic overfitting: PGD accuracy fell from {max(robust):.0%} to {robust[-1]:.0%} in epoch \d"
-    with pytest.raises(loop._Collapse, match=message):
-        loop._refuse_collapse(build("float"), splits.validation, curve(*robust), parse_attack("fgsm-rs"))
+    with pytest.raises(loop._Overfitting, match=message):
+        judge(build, splits, curve(*robust))
 
 
-@pytest.mark.parametrize("robust", [(0.5,), (0.5, 0.4), (0.1, 0.3, 0.5), (0.5, 0.3, 0.45), (0.1, 0.04)])
+@pytest.mark.parametrize("robust", [(0.5,), (0.5, 0.4), (0.1, 0.3, 0.5), (0.5, 0.3, 0.45), (0.1, 0.06)])
 def test_robustness_that_wavers_is_not(robust, build, splits):
-    loop._refuse_collapse(build("float"), splits.validation, curve(*robust), parse_attack("fgsm-rs"))
+    judge(build, splits, curve(*robust))
+
+
+def test_confidence_that_pgd_does_not_bear_out_is_overfitting(build, splits):
+    """exp(-0.2) = 82 % under the inner attack, 50 % under PGD: the network fools its own attack."""
+    points = curve(0.5, 0.5, loss=0.2)
+    with pytest.raises(loop._Overfitting, match=r"fgsm-rs leaves 82% confidence .* PGD accuracy is 50% after epoch 2"):
+        judge(build, splits, points)
+    judge(build, splits, points, attack="pgd-7")  # strong enough to be believed
+    judge(build, splits, curve(0.5, 0.5, loss=0.4))  # 67 %: within reach
+    judge(build, splits, curve(0.5, 0.5, loss=0.2, eps=0.05))  # eps was still rising
+    judge(build, splits, points[:1])
 
 
 def test_natural_training_may_lose_robustness(build, splits):
-    loop._refuse_collapse(build("float"), splits.validation, curve(0.9, 0.0), None)
+    judge(build, splits, curve(0.9, 0.0, loss=0.01), attack="")
+
+
+def test_an_inner_attack_that_is_too_weak_is_made_stronger(build, splits, threat, monkeypatch):
+    """One step more each time, at the rate as it was."""
+    told, seen = [], []
+
+    def weak(network, validation, points, inner, eps):
+        seen.append(inner.steps)
+        if inner.steps < 3:
+            raise loop._Overfitting("too weak")
+
+    monkeypatch.setattr(loop, "_refuse_collapse", weak)
+    spec = TrainSpec(epochs=1, batch_size=66, lr=0.01, objective="adversarial", attack="fgsm-rs")
+    result = train(build("float"), splits, spec, threat, on_note=told.append)
+    assert seen == [1, 2, 3]
+    assert told[1] == ("training with lr 0.01 and pgd-2 collapsed (too weak); started again with lr 0.01 and pgd-3")
+    assert result.macs == 66 * (3 + 2 * 3) * count_macs(build("float"), (1, 8, 8))
+    with pytest.raises(CollapseError, match=r"collapsed 2 times, last with lr 0\.01 and pgd-2: too weak"):
+        train(build("float"), splits, spec.model_copy(update={"retries": 1}), threat)
+
+
+@pytest.mark.parametrize("kind", ["float", "quantized"])
+def test_the_inner_attack_takes_both_gradients_in_turn(kind, build, splits, threat, monkeypatch):
+    modes = []
+
+    def spy(network, *arguments):
+        modes.append({module.backward_mode for module in network.modules() if isinstance(module, ActivationQuantizer)})
+        return perturb(network, *arguments)
+
+    monkeypatch.setattr(loop, "perturb", spy)
+    spec = TrainSpec(epochs=1, batch_size=16, lr=0.001, objective="adversarial", attack="pgd-4")
+    train(build(kind), splits, spec, threat)
+    assert modes == ([{"pass_through"}, {"clipped"}] * 2 if kind == "quantized" else [set()] * 4)
 
 
 def test_the_loss_of_an_epoch_is_the_mean_of_its_steps(build, splits, threat):

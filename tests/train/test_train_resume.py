@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from coldforge.attacks import ThreatModel
 from coldforge.data import from_arrays
 from coldforge.recipe import TrainSpec
 from coldforge.train import checkpoint, loop, train
@@ -58,9 +59,10 @@ def interrupted(folder, moments, *arguments, **keywords):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("objective", ["natural", "adversarial"])
 @pytest.mark.parametrize("kind", ["float", "batchnorm", "quantized"])
-def test_stopped_and_continued(kind, objective, precision, build, augmented, threat, tmp_path):
-    spec = TrainSpec(epochs=3, batch_size=12, lr=0.003, objective=objective, attack="pgd-2")
-    arguments = (build(kind), augmented, spec, threat)
+def test_stopped_and_continued(kind, objective, precision, build, augmented, tmp_path):
+    lr = 0.003 if kind == "batchnorm" else 0.001
+    spec = TrainSpec(epochs=3, batch_size=12, lr=lr, objective=objective, attack="pgd-4")
+    arguments = (build(kind), augmented, spec, ThreatModel("linf", 0.03))
     undisturbed = train(*arguments, seed=3, precision=precision)
     draw = random.Random(f"{kind} {objective} {precision}")
     moments = [draw.randint(1, 4) for _ in range(5)]
@@ -89,7 +91,7 @@ def test_a_retry_is_remembered(build, splits, threat, tmp_path):
     spec = TrainSpec(epochs=1, batch_size=12, lr=1e5, retries=20)
     undisturbed = train(build("float"), splits, spec, threat)
     assert len(undisturbed.notes) > 2
-    assert undisturbed.notes[0].startswith("training at lr 1e+05 collapsed (")
+    assert undisturbed.notes[0].startswith("training with lr 1e+05 collapsed (")
     draw = random.Random(0)
     notes = []
     moments = [draw.randint(3, 12) for _ in range(4)]
@@ -97,6 +99,25 @@ def test_a_retry_is_remembered(build, splits, threat, tmp_path):
     assert stops >= 2
     same(found, undisturbed)
     assert tuple(notes) == undisturbed.notes  # each said once
+
+
+def test_a_stronger_inner_attack_is_remembered(build, splits, threat, tmp_path, monkeypatch):
+    """As above, for the other kind of retry."""
+
+    def overfitted(network, validation, curve, inner, eps):
+        if inner.name == "fgsm-rs":
+            raise loop._Overfitting("overfitted")
+
+    monkeypatch.setattr(loop, "_refuse_collapse", overfitted)
+    spec = TrainSpec(epochs=2, batch_size=16, lr=0.01, objective="adversarial", attack="fgsm-rs")
+    arguments = (build("float"), splits, spec, threat)
+    undisturbed = train(*arguments)
+    assert undisturbed.notes == (
+        "training with lr 0.01 and fgsm-rs collapsed (overfitted); started again with lr 0.01 and pgd-2",
+    )
+    found, stops = interrupted(tmp_path, [6, 3], *arguments)  # four steps, then two of the second attempt
+    assert stops == 2
+    same(found, undisturbed)
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "garbage", "no state", "half a state"])
