@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--out", default="forged-own-model", help="folder for the report and the ONNX file")
     parser.add_argument("--n", type=int, default=4000, help="training images")
     parser.add_argument("--epochs", type=int, default=3, help="epochs of fine-tuning")
+    parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0: physical cores")
     options = parser.parse_args()
     torch.manual_seed(0)
 
@@ -79,6 +80,7 @@ def main() -> None:
             "prune.ratio": 0.5,
             "finetune.epochs": options.epochs,
             "finetune.lr": 0.02,
+            "compute.threads": options.threads,
             "evaluate.attacks": ["fgsm", "pgd-20"],
         },
     )

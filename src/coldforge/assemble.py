@@ -31,11 +31,11 @@ from coldforge.store import write_atomic
 if TYPE_CHECKING:
     from coldforge.pipeline import Arrow
 
-_LABELS: dict[str, tuple[StageName, str]] = {
+LABELS: dict[str, tuple[StageName, str]] = {
     "baseline": ("baseline", "baseline"),
     "compressed": ("compressed", "compressed, not tuned"),
-    "tuned: natural": ("tuned", "naturally tuned (natural)"),
-    "tuned: adversarial": ("tuned", "adversarially tuned (adversarial)"),
+    "tuned: natural": ("tuned", "naturally tuned"),
+    "tuned: adversarial": ("tuned", "adversarially tuned"),
     "artifact": ("artifact", "artifact (model.onnx)"),
     "control": ("control", "control: small network from scratch, adversarial"),
     "reference": ("reference", "reference: dense network, adversarial"),
@@ -71,12 +71,12 @@ def record(shop: Shop, made: Arrow, command: str = "") -> Record:
         threat_model=ThreatModelRecord(
             norm=threat.norm, eps=threat.eps, eps_255=threat.eps * 255, box=not threat.literal
         ),
-        stages=tuple(_row(shop, made, row) for row in _LABELS if f"evaluate: {row}" in made.evidence),
+        stages=tuple(_row(shop, made, row) for row in LABELS if f"evaluate: {row}" in made.evidence),
     )
 
 
 def _row(shop: Shop, made: Arrow, row: str) -> StageRecord:
-    name, label = _LABELS[row]
+    name, label = LABELS[row]
     network = made.networks[made.artifact if row == "artifact" else row]
     cost = shop.result(made.files[made.artifact if row == "artifact" else row])
     cost = {key: value for key, value in cost.items() if key != "sha256"}

@@ -68,8 +68,8 @@ def arrow(shop: Shop) -> Arrow:
     }
     evidence["evaluate: artifact"] = stages.evaluate(shop, twin, "artifact", file=files[artifact])
     evidence["agree"] = stages.agree(shop, twin, files[artifact])
-    shown = {row: networks[row] for row in ("tuned: natural",) if row in networks} | {artifact: twin}
-    evidence["gallery"] = stages.gallery(shop, shown)
+    shown = [row for row in ("tuned: natural", artifact) if row in networks]
+    evidence["gallery"] = stages.gallery(shop, {assemble.LABELS[row][1]: networks[row] for row in shown})
     evidence["measure"] = stages.measure(shop, baseline, {"baseline": files["baseline"], "artifact": files[artifact]})
     return Arrow(networks, files, evidence, artifact)
 
