@@ -70,7 +70,7 @@ def main() -> None:
     rows = {}
     for name, (start, backwards) in alternatives.items():
         loop.BACKWARDS = backwards
-        loop._refuse_collapse = lambda *_: None  # no rescue: what happens is what is to be seen
+        loop.refuse_collapse = lambda *_: None  # no rescue: what happens is what is to be seen
         result = train(start, data, spec, THREAT_MODEL, precision=precision)
         rows[name] = attacked(result.model, data)
         print(f"{name:34}" + "  ".join(f"{what} {100 * value:.1f} %" for what, value in rows[name].items()), flush=True)

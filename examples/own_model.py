@@ -68,7 +68,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
 
-    data = from_arrays(*draw(options.n, seed=0), *draw(500, seed=1), classes=CLASSES, name="bars")
+    data = from_arrays(*draw(options.n, seed=0), *draw(400, seed=1), classes=CLASSES, name="bars")
     model = Bars()
     train(model, data.train.pixels(), data.train.labels)
     forged = coldforge.forge(
@@ -79,6 +79,7 @@ def main() -> None:
             "threat_model.eps": EPS,
             "prune.ratio": 0.5,
             "finetune.epochs": options.epochs,
+            "finetune.batch_size": 64,
             "finetune.lr": 0.02,
             "compute.threads": options.threads,
             "evaluate.attacks": ["fgsm", "pgd-20"],

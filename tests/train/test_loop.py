@@ -208,10 +208,13 @@ def test_a_network_that_always_collapses(build, splits, threat):
     with pytest.raises(CollapseError) as raised:
         train(Constant(build("float")), splits, TrainSpec(lr=0.09, batch_size=16), threat, on_note=notes.append)
     message = str(raised.value)
-    assert "training collapsed 3 times, last with lr 0.01: 100% of the validation images get the same answer" in message
+    assert (
+        "training collapsed (attempt 3 of 3), last with lr 0.01: 100% of the validation images get the same answer"
+        in message
+    )
     assert "Lower finetune.lr, raise finetune.epochs or finetune.eps_ramp, take a stronger" in message
     assert len(notes) == 2
-    with pytest.raises(CollapseError, match=r"collapsed 1 times, last with lr 0\.09"):
+    with pytest.raises(CollapseError, match=r"collapsed \(attempt 1 of 1\), last with lr 0\.09"):
         train(Constant(build("float")), splits, TrainSpec(lr=0.09, batch_size=16, retries=0), threat)
 
 
@@ -225,7 +228,9 @@ def test_a_constant_answer_that_is_right_is_no_collapse(build, threat):
 @pytest.mark.parametrize("objective", ["natural", "adversarial"])
 def test_a_loss_that_is_not_finite(objective, build, splits, threat):
     spec = TrainSpec(epochs=2, batch_size=16, lr=1e30, retries=1, objective=objective)
-    with pytest.raises(TrainingError, match=r"collapsed 2 times.* the loss is not finite at step \d") as raised:
+    with pytest.raises(
+        TrainingError, match=r"collapsed \(attempt 2 of 2\).* the loss is not finite at step \d"
+    ) as raised:
         train(build("float"), splits, spec, threat)
     assert not isinstance(raised.value, CollapseError)
 
@@ -247,7 +252,9 @@ class Torn(nn.Module):
 def test_weights_that_the_last_step_of_an_epoch_destroys(objective, norm, build, splits):
     threat = ThreatModel(norm, 0.1)
     spec = TrainSpec(epochs=2, batch_size=66, retries=1, objective=objective)
-    with pytest.raises(TrainingError, match=r"collapsed 2 times.* the weights are not finite after step 1") as raised:
+    with pytest.raises(
+        TrainingError, match=r"collapsed \(attempt 2 of 2\).* the weights are not finite after step 1"
+    ) as raised:
         train(Torn(build("float")), splits, spec, threat)
     assert not isinstance(raised.value, CollapseError)
 
@@ -259,13 +266,13 @@ def curve(*robust, loss=1.5, eps=0.1):
 
 def judge(build, splits, points, attack="fgsm-rs"):
     inner = parse_attack(attack) if attack else None
-    loop._refuse_collapse(build("float"), splits.validation, points, inner, 0.1)
+    loop.refuse_collapse(build("float"), splits.validation, points, inner, 0.1, TrainSpec(epochs=2))
 
 
 @pytest.mark.parametrize("robust", [(0.5, 0.05), (0.1, 0.6, 0.55, 0.2), (0.3, 0.0)])
 def test_a_fall_of_pgd_accuracy_is_catastrophic_overfitting(robust, build, splits):
     message = rf"catastrophic overfitting: PGD accuracy fell from {max(robust):.0%} to {robust[-1]:.0%} in epoch \d"
-    with pytest.raises(loop._Overfitting, match=message):
+    with pytest.raises(loop.Overfitting, match=message):
         judge(build, splits, curve(*robust))
 
 
@@ -277,7 +284,7 @@ def test_robustness_that_wavers_is_not(robust, build, splits):
 def test_confidence_that_pgd_does_not_bear_out_is_overfitting(build, splits):
     """exp(-0.2) = 82 % under the inner attack, 50 % under PGD: the network fools its own attack."""
     points = curve(0.5, 0.5, loss=0.2)
-    with pytest.raises(loop._Overfitting, match=r"fgsm-rs leaves 82% confidence .* PGD accuracy is 50% after epoch 2"):
+    with pytest.raises(loop.Overfitting, match=r"fgsm-rs leaves 82% confidence .* PGD accuracy is 50% after epoch 2"):
         judge(build, splits, points)
     judge(build, splits, points, attack="pgd-7")  # strong enough to be believed
     judge(build, splits, curve(0.5, 0.5, loss=0.4))  # 67 %: within reach
@@ -293,18 +300,18 @@ def test_an_inner_attack_that_is_too_weak_is_made_stronger(build, splits, threat
     """One step more each time, at the rate as it was."""
     told, seen = [], []
 
-    def weak(network, validation, points, inner, eps):
+    def weak(network, validation, points, inner, eps, spec):
         seen.append(inner.steps)
         if inner.steps < 3:
-            raise loop._Overfitting("too weak")
+            raise loop.Overfitting("too weak")
 
-    monkeypatch.setattr(loop, "_refuse_collapse", weak)
+    monkeypatch.setattr(loop, "refuse_collapse", weak)
     spec = TrainSpec(epochs=1, batch_size=66, lr=0.01, objective="adversarial", attack="fgsm-rs")
     result = train(build("float"), splits, spec, threat, on_note=told.append)
     assert seen == [1, 2, 3]
     assert told[1] == ("training with lr 0.01 and pgd-2 collapsed (too weak); started again with lr 0.01 and pgd-3")
     assert result.macs == 66 * (3 + 2 * 3) * count_macs(build("float"), (1, 8, 8))
-    with pytest.raises(CollapseError, match=r"collapsed 2 times, last with lr 0\.01 and pgd-2: too weak"):
+    with pytest.raises(CollapseError, match=r"collapsed \(attempt 2 of 2\), last with lr 0\.01 and pgd-2: too weak"):
         train(build("float"), splits, spec.model_copy(update={"retries": 1}), threat)
 
 

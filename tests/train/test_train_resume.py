@@ -59,7 +59,7 @@ def interrupted(folder, moments, *arguments, **keywords):
 @pytest.mark.parametrize("objective", ["natural", "adversarial"])
 @pytest.mark.parametrize("kind", ["float", "batchnorm", "quantized"])
 def test_stopped_and_continued(kind, objective, precision, build, augmented, threat, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "_refuse_collapse", lambda *_: None)  # so few steps may end anywhere
+    monkeypatch.setattr(loop, "refuse_collapse", lambda *_: None)  # so few steps may end anywhere
     spec = TrainSpec(epochs=3, batch_size=12, lr=0.02, objective=objective, attack="pgd-2")
     arguments = (build(kind), augmented, spec, threat)
     undisturbed = train(*arguments, seed=3, precision=precision)
@@ -103,11 +103,11 @@ def test_a_retry_is_remembered(build, splits, threat, tmp_path):
 def test_a_stronger_inner_attack_is_remembered(build, splits, threat, tmp_path, monkeypatch):
     """As above, for the other kind of retry."""
 
-    def overfitted(network, validation, curve, inner, eps):
+    def overfitted(network, validation, curve, inner, eps, spec):
         if inner.name == "fgsm-rs":
-            raise loop._Overfitting("overfitted")
+            raise loop.Overfitting("overfitted")
 
-    monkeypatch.setattr(loop, "_refuse_collapse", overfitted)
+    monkeypatch.setattr(loop, "refuse_collapse", overfitted)
     spec = TrainSpec(epochs=2, batch_size=16, lr=0.01, objective="adversarial", attack="fgsm-rs")
     arguments = (build("float"), splits, spec, threat)
     undisturbed = train(*arguments)

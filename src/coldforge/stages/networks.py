@@ -96,6 +96,8 @@ def quantize(shop: Shop, network: Stage) -> Stage:
 def finetune(shop: Shop, network: Stage, arm: str) -> Stage:
     """Train the compressed network, through its rounding, on natural or on adversarial images."""
     spec = TrainSpec(**{**shop.recipe.finetune.model_dump(exclude={"arms"}), "objective": arm})
+    if arm == "natural":  # what only an inner attack reads must not decide the key
+        spec = spec.model_copy(update={"attack": TrainSpec().attack, "eps_ramp": 0.0})
 
     def build(folder: Path, report: Report) -> None:
         start, structure = shop.network(network)

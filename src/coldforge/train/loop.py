@@ -24,24 +24,21 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from coldforge.attacks import PGD, ThreatModel, parse_attack, perturb, predict
+from coldforge.attacks import PGD, ThreatModel, parse_attack, perturb
 from coldforge.compress import ActivationQuantizer, QuantizedLayer, attacking
-from coldforge.data import DataSplits, ImageSet, epoch_batches, steps_per_epoch
+from coldforge.data import DataSplits, epoch_batches, steps_per_epoch
 from coldforge.errors import CollapseError, TrainingError
-from coldforge.evaluate import BACKWARDS, evaluate, summarize
+from coldforge.evaluate import BACKWARDS
 from coldforge.measure import count_macs
 from coldforge.models import channels_last
 from coldforge.recipe import TrainSpec, spec_hash
 from coldforge.records import CurvePoint
 from coldforge.train.checkpoint import TrainState, load_state, save_state
+from coldforge.train.guard import Collapse, Overfitting, monitor, refuse_collapse
 from coldforge.train.schedule import learning_rate, ramped_eps
 
 CHECKPOINT_SECONDS = 15.0
-MONITOR_IMAGES = 512
-MONITOR_ATTACK = "pgd-10"
 RETRY_FACTOR = 1 / 3
-WEAK_STEPS = 3
-"""Inner attacks of at most so many steps are watched for catastrophic overfitting."""
 STEP_RANGE = 10.0
 """A learned quantizer step stays within this factor of its calibrated value."""
 
@@ -56,14 +53,6 @@ class TrainResult:
     macs: float
     """Multiply-adds spent: 3 per image and pass of training (forward, two backward), 2 per step of the inner attack."""
     notes: tuple[str, ...]
-
-
-class _Collapse(Exception):
-    """This attempt failed; the message says how."""
-
-
-class _Overfitting(_Collapse):
-    """Catastrophic overfitting: the inner attack is too weak, whatever the learning rate."""
 
 
 def train(
@@ -102,14 +91,15 @@ def train(
     while True:
         try:
             return _attempt(model, data, spec, threat_model, seed, precision, folder, state, on_progress)
-        except _Collapse as collapse:
+        except Collapse as collapse:
             if state.attempt >= spec.retries:
                 raise (TrainingError if "finite" in str(collapse) else CollapseError)(
-                    f"training collapsed {state.attempt + 1} times, last with {_way(spec, state)}: {collapse}. "
+                    f"training collapsed (attempt {state.attempt + 1} of {spec.retries + 1}), "
+                    f"last with {_way(spec, state)}: {collapse}. "
                     "Lower finetune.lr, raise finetune.epochs or finetune.eps_ramp, take a stronger finetune.attack, "
                     "or prune less"
                 ) from None
-            stronger = state.stronger + isinstance(collapse, _Overfitting)
+            stronger = state.stronger + isinstance(collapse, Overfitting)
             again = TrainState(attempt=state.attempt + 1, stronger=stronger, seconds=state.seconds)
             note = f"training with {_way(spec, state)} collapsed ({collapse}); started again with {_way(spec, again)}"
             state = replace(again, notes=(*state.notes, note))
@@ -197,18 +187,18 @@ def _attempt(
                     learned.clamp_(start / STEP_RANGE, start * STEP_RANGE)
             value = float(loss.detach())
             if not math.isfinite(value):
-                raise _Collapse(f"the loss is not finite at step {step}")
+                raise Collapse(f"the loss is not finite at step {step}")
             epoch_loss += value
             step += 1
             if on_progress is not None:
                 on_progress(step / total, f"epoch {epoch + 1}/{spec.epochs}  loss {value:.3f}")
             if step % per_epoch == 0:
                 if not all(bool(parameter.isfinite().all()) for parameter in network.parameters()):
-                    raise _Collapse(f"the weights are not finite after step {step}")
-                point = _monitor(network, data.validation, threat_model, spec, epoch, epoch_loss / per_epoch, lr, eps)
+                    raise Collapse(f"the weights are not finite after step {step}")
+                point = monitor(network, data.validation, threat_model, spec, epoch, epoch_loss / per_epoch, lr, eps)
                 curve.append(point)
                 epoch_loss = 0.0
-                _refuse_collapse(network, data.validation, curve, inner, threat_model.eps)
+                refuse_collapse(network, data.validation, curve, inner, threat_model.eps, spec)
             if folder is not None and time.monotonic() - saved > CHECKPOINT_SECONDS:
                 saved = time.monotonic()
                 reached = replace(state, step=step, epoch_loss=epoch_loss, seconds=seconds(), curve=tuple(curve))
@@ -243,59 +233,3 @@ def _quantizer_steps(network: nn.Module) -> list[nn.Parameter]:
     layers = [module.weight_step for module in network.modules() if isinstance(module, QuantizedLayer)]
     quantizers = [module.step for module in network.modules() if isinstance(module, ActivationQuantizer)]
     return [step for step in (*layers, *quantizers) if step.requires_grad]
-
-
-def _monitor(
-    network: nn.Module,
-    validation: ImageSet,
-    threat_model: ThreatModel,
-    spec: TrainSpec,
-    epoch: int,
-    loss: float,
-    lr: float,
-    eps: float,
-) -> CurvePoint:
-    """Accuracy on the validation part, in fp32: clean, and under PGD at full eps for adversarial training."""
-    watched = validation.take(slice(0, MONITOR_IMAGES))
-    attacks = [parse_attack(MONITOR_ATTACK)] if spec.objective == "adversarial" else []
-    result = summarize(evaluate(network, watched, attacks, threat_model), watched.classes)
-    return CurvePoint(
-        epoch=epoch + 1,
-        loss=loss,
-        lr=lr,
-        eps=eps if attacks else 0.0,
-        clean_accuracy=result.clean_accuracy,
-        robust_accuracy=result.robust_accuracy[MONITOR_ATTACK] if attacks else -1.0,
-    )
-
-
-def _refuse_collapse(
-    network: nn.Module, validation: ImageSet, curve: list[CurvePoint], inner: PGD | None, eps: float
-) -> None:
-    """Raise :class:`_Collapse` for a constant answer, and for catastrophic overfitting of a weak inner attack.
-
-    The signs of the latter (Wong et al. 2020): PGD accuracy falls to half of what it was, or the images of the inner
-    attack are answered with far more confidence than PGD accuracy allows.
-    """
-    watched = validation.take(slice(0, MONITOR_IMAGES))
-    answers = predict(network, watched.pixels()).argmax(1)
-    share = float(answers.bincount().max()) / len(answers)
-    expected = float(watched.labels.bincount().max()) / len(answers)
-    now = curve[-1]
-    if share > 0.95 and expected < 0.9:
-        raise _Collapse(f"{share:.0%} of the validation images get the same answer after epoch {now.epoch}")
-    if inner is None or len(curve) < 2:
-        return
-    best = max(point.robust_accuracy for point in curve)
-    if best > 0.2 and now.robust_accuracy < best / 2:
-        raise _Overfitting(
-            f"catastrophic overfitting: PGD accuracy fell from {best:.0%} to {now.robust_accuracy:.0%} "
-            f"in epoch {now.epoch}"
-        )
-    confidence = math.exp(-now.loss)  # geometric mean of the probability of the true class, under the inner attack
-    at_full_eps = curve[-2].eps >= eps * (1 - 1e-6)
-    if at_full_eps and inner.steps <= WEAK_STEPS and confidence > now.robust_accuracy + 0.2:
-        raise _Overfitting(
-            f"catastrophic overfitting: {inner.name} leaves {confidence:.0%} confidence in the true class, "
-            f"PGD accuracy is {now.robust_accuracy:.0%} after epoch {now.epoch}"
-        )

@@ -1,0 +1,83 @@
+"""Watching a training: accuracy on the validation part after each epoch, and the signs of a collapse."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from coldforge.attacks import PGD, ThreatModel, parse_attack, predict
+from coldforge.data import ImageSet
+from coldforge.evaluate import evaluate, summarize
+from coldforge.recipe import TrainSpec
+from coldforge.records import CurvePoint
+
+MONITOR_IMAGES = 512
+MONITOR_ATTACK = "pgd-10"
+WEAK_STEPS = 3
+"""Inner attacks of at most so many steps are watched for catastrophic overfitting."""
+
+
+class Collapse(Exception):
+    """This attempt failed; the message says how."""
+
+
+class Overfitting(Collapse):
+    """Catastrophic overfitting: the inner attack is too weak, whatever the learning rate."""
+
+
+def monitor(
+    network: nn.Module,
+    validation: ImageSet,
+    threat_model: ThreatModel,
+    spec: TrainSpec,
+    epoch: int,
+    loss: float,
+    lr: float,
+    eps: float,
+) -> CurvePoint:
+    """Accuracy on the validation part, in fp32: clean, and under PGD at full eps for adversarial training."""
+    watched = validation.take(slice(0, MONITOR_IMAGES))
+    attacks = [parse_attack(MONITOR_ATTACK)] if spec.objective == "adversarial" else []
+    result = summarize(evaluate(network, watched, attacks, threat_model), watched.classes)
+    return CurvePoint(
+        epoch=epoch + 1,
+        loss=loss,
+        lr=lr,
+        eps=eps if attacks else 0.0,
+        clean_accuracy=result.clean_accuracy,
+        robust_accuracy=result.robust_accuracy[MONITOR_ATTACK] if attacks else -1.0,
+    )
+
+
+def refuse_collapse(
+    network: nn.Module, validation: ImageSet, curve: list[CurvePoint], inner: PGD | None, eps: float, spec: TrainSpec
+) -> None:
+    """Raise :class:`Collapse` for a constant answer, and for catastrophic overfitting of a weak inner attack.
+
+    The signs of the latter (Wong et al. 2020): PGD accuracy falls to half of what it was, or the images of the inner
+    attack are answered with far more confidence than PGD accuracy allows.
+    """
+    watched = validation.take(slice(0, MONITOR_IMAGES))
+    answers = predict(network, watched.pixels()).argmax(1)
+    share = float(answers.bincount().max()) / len(answers)
+    expected = float(watched.labels.bincount().max()) / len(answers)
+    now = curve[-1]
+    slow_start = now.epoch < min(spec.warmup * spec.epochs + 1, spec.epochs)  # a fresh network may need an epoch
+    if share > 0.95 and expected < 0.9 and not slow_start:
+        raise Collapse(f"{share:.0%} of the validation images get the same answer after epoch {now.epoch}")
+    if inner is None or len(curve) < 2:
+        return
+    best = max(point.robust_accuracy for point in curve)
+    if best > 0.2 and now.robust_accuracy < best / 2:
+        raise Overfitting(
+            f"catastrophic overfitting: PGD accuracy fell from {best:.0%} to {now.robust_accuracy:.0%} "
+            f"in epoch {now.epoch}"
+        )
+    confidence = math.exp(-now.loss)  # geometric mean of the probability of the true class, under the inner attack
+    at_full_eps = curve[-2].eps >= eps * (1 - 1e-6)
+    if at_full_eps and inner.steps <= WEAK_STEPS and confidence > now.robust_accuracy + 0.2:
+        raise Overfitting(
+            f"catastrophic overfitting: {inner.name} leaves {confidence:.0%} confidence in the true class, "
+            f"PGD accuracy is {now.robust_accuracy:.0%} after epoch {now.epoch}"
+        )
