@@ -3,7 +3,7 @@
     python examples/own_model.py
 
 The images are bars of three directions under noise, the network is written in plain PyTorch and knows nothing of
-coldforge. Less than a minute on two cores.
+coldforge. About a minute on two cores.
 """
 
 from __future__ import annotations

@@ -60,6 +60,7 @@ def test_quickstart(tmp_path: Path) -> None:
         "threat_model.eps=0.02",
         "model.train.epochs=3",
         "model.train.batch_size=32",
+        'finetune.arms=["adversarial"]',
         "finetune.epochs=1",
         "finetune.batch_size=32",
         "finetune.lr=0.02",

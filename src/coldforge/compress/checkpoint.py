@@ -58,7 +58,8 @@ def build(structure: Structure, source: ModelSource | None = None, *, seed: int 
     if structure.pruning is not None:
         network = replay(network, structure.pruning, image_shape=structure.image_shape)
     if structure.quantization is not None:
-        network = insert_quantizers(network, structure.quantization)
+        # the weights to come bring their own steps: no search for good ones
+        network = insert_quantizers(network, structure.quantization.model_copy(update={"calibration": "minmax"}))
     return network.eval()
 
 

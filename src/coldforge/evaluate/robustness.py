@@ -20,7 +20,7 @@ BACKWARDS: tuple[Backward, ...] = ("pass_through", "clipped")
 
 Neither is enough alone. Where activations are clipped, "clipped" (the plain straight-through estimator) sees a gradient
 of 0, and "pass_through" (BPDA) one that the forward pass does not have; a network trained under attacks of one kind
-saturates until that kind is blind, and the other kind then finds 5 to 7 points more (docs/architecture.md).
+saturates until that kind is blind, and only the other kind then finds what it hides (docs/architecture.md).
 """
 
 

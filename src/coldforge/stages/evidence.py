@@ -14,8 +14,8 @@ from safetensors.torch import save
 from coldforge.attacks import parse_attack, predict
 from coldforge.compress import attacking, load_network, weight_bit_widths
 from coldforge.deploy import OnnxSession, agreement, export_onnx, open_session, write_probe
+from coldforge.evaluate import BACKWARDS, summarize
 from coldforge.evaluate import evaluate as evaluate_network
-from coldforge.evaluate import summarize
 from coldforge.measure import count_macs, count_params, energy_per_image, measure_latency, packed_bytes
 from coldforge.provenance import hardware_fingerprint, versions
 from coldforge.stages.shop import Report, Shop, Stage, file_digest, write_json
@@ -165,13 +165,17 @@ def gallery(shop: Shop, networks: Mapping[str, Stage]) -> Stage:
         tensors = {"clean": images, "labels": labels}
         for label, stage in networks.items():
             network, _ = shop.network(stage)
-            with attacking(network):
-                found = parse_attack(_PGD20)(
-                    network, images, labels, shop.threat_model, seed=shop.recipe.seed, indices=chosen
-                )
-                tensors[f"{label}/adversarial"] = found.adversarial
-                tensors[f"{label}/clean_answer"] = predict(network, images).argmax(1)
-                tensors[f"{label}/adversarial_answer"] = predict(network, found.adversarial).argmax(1)
+            adversarial, standing = images.clone(), torch.ones(len(images), dtype=torch.bool)
+            for backward in BACKWARDS:
+                with attacking(network, backward):
+                    found = parse_attack(_PGD20)(
+                        network, images, labels, shop.threat_model, seed=shop.recipe.seed, indices=chosen
+                    )
+                adversarial[standing] = found.adversarial[standing]
+                standing &= ~found.fooled
+            tensors[f"{label}/adversarial"] = adversarial
+            tensors[f"{label}/clean_answer"] = predict(network, images).argmax(1)
+            tensors[f"{label}/adversarial_answer"] = predict(network, adversarial).argmax(1)
         write_atomic(folder / "gallery.safetensors", save({name: part.contiguous() for name, part in tensors.items()}))
 
     spec = [list(networks), shop.recipe.threat_model, shop.recipe.seed]
