@@ -49,16 +49,18 @@ def slow_forward(x: Tensor, step: float, zero: int, qmin: int, qmax: int) -> lis
 
 
 def lsq(x: Tensor, step: Tensor, zero: int, qmin: int, qmax: int, grad_scale: float, backward: Backward) -> Tensor:
-    """Esser et al. 2020 by autograd: what must not have a gradient is detached."""
+    """Esser et al. 2020 by autograd; what must not have a gradient is detached. Half a step more counts as inside."""
+
+    def rounded(value: Tensor) -> Tensor:
+        inside = value.clamp(qmin - zero - 0.5, qmax - zero + 0.5)
+        return inside + (inside.round().clamp(qmin - zero, qmax - zero) - inside).detach()
+
     step = step * grad_scale + (step * (1 - grad_scale)).detach()
-    scaled = x / step
-    inside = scaled.clamp(qmin - zero, qmax - zero)
-    result = (inside + (inside.round() - inside).detach()) * step
+    result = rounded(x / step) * step
     if backward == "clipped":
         return result
     # pass-through: the value and the step's gradient of the above, the gradient 1 for x
-    frozen = (x.detach() / step).clamp(qmin - zero, qmax - zero)
-    frozen = (frozen + (frozen.round() - frozen).detach()) * step
+    frozen = rounded(x.detach() / step) * step
     return frozen + (x - x.detach())
 
 

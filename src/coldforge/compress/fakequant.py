@@ -24,41 +24,45 @@ _SMALLEST_STEP = 1e-8
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """``step * (clamp(round(x / step) + zero, qmin, qmax) - zero)`` with straight-through and LSQ gradients."""
+    """``step * (clamp(round(x / step) + zero, qmin, qmax) - zero)`` with straight-through and LSQ gradients.
+
+    A value is inside the range if it rounds to a code without being clipped: half a step beyond the outermost codes still
+    counts. (Black pixels lie exactly on the lowest code; with a hard border they could not move under attack.) Written
+    in few passes over memory, which is what this costs on a CPU: ``hardtanh_backward`` is a masked copy in one pass.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, step: Tensor, zero: int, qmin: int, qmax: int, grad_scale: float, backward: Backward
     ) -> Tensor:
         scaled = x / step.to(x.dtype)
-        low, high = qmin - zero, qmax - zero
+        ctx.low, ctx.high, ctx.grad_scale = qmin - zero, qmax - zero, grad_scale
         ctx.learns_step = ctx.needs_input_grad[1]
         ctx.clips = backward == "clipped" and ctx.needs_input_grad[0]
-        if ctx.learns_step or ctx.clips:
-            ctx.save_for_backward(scaled, step)
-            ctx.low, ctx.high, ctx.grad_scale = low, high, grad_scale
-            codes = torch.round(scaled)
-        else:
-            codes = scaled.round_()
-        return codes.clamp_(low, high).mul_(step.to(x.dtype))
+        if ctx.learns_step:
+            codes = torch.round(scaled).clamp_(ctx.low, ctx.high)
+            ctx.save_for_backward(scaled, codes, step)
+            return codes * step.to(x.dtype)
+        if ctx.clips:
+            ctx.save_for_backward(scaled)
+            return torch.round(scaled).clamp_(ctx.low, ctx.high).mul_(step.to(x.dtype))
+        return scaled.round_().clamp_(ctx.low, ctx.high).mul_(step.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         if not (ctx.learns_step or ctx.clips):
             return grad, None, None, None, None, None, None
-        scaled, step = ctx.saved_tensors
-        inside = (scaled >= ctx.low) & (scaled <= ctx.high)
-        grad_x = grad * inside if ctx.clips else grad
+        scaled = ctx.saved_tensors[0]
+        low, high = ctx.low - 0.5, ctx.high + 0.5
+        grad_x = torch.ops.aten.hardtanh_backward(grad, scaled, low, high) if ctx.clips else grad
         grad_step = None
         if ctx.learns_step:
-            slope = torch.round(scaled).clamp_(ctx.low, ctx.high).sub_(scaled * inside)
+            _, codes, step = ctx.saved_tensors
+            slope = codes - torch.ops.aten.hardtanh_backward(scaled, scaled, low, high)
             product = slope.mul_(grad)
-            if step.numel() == 1:
-                total = product.sum(dtype=torch.float32)
-            else:
-                total = product.flatten(1).sum(1, dtype=torch.float32)
-            grad_step = (total * ctx.grad_scale).view_as(step)
+            total = product.sum() if step.numel() == 1 else product.flatten(1).sum(1)
+            grad_step = (total.float() * ctx.grad_scale).view_as(step)
         return grad_x, grad_step, None, None, None, None, None
 
 
