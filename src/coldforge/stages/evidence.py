@@ -78,7 +78,8 @@ def evaluate(shop: Shop, network: Stage, what: str, *, file: Stage | None = None
         model, structure = shop.network(network)
         judge = None
         if file is not None:
-            judge = OnnxSession(shop.folder(file) / ONNX_FILE, threads=recipe.compute.threads).labels
+            # one thread: the threads of a second runtime would spin between its calls and slow the search
+            judge = OnnxSession(shop.folder(file) / ONNX_FILE, threads=1).labels
         ledger = evaluate_network(
             model,
             shop.data.test,
@@ -114,7 +115,7 @@ def agree(shop: Shop, network: Stage, file: Stage) -> Stage:
 
     def build(folder: Path, report: Report) -> None:
         twin, _ = shop.network(network)
-        session = OnnxSession(shop.folder(file) / ONNX_FILE, threads=recipe.compute.threads)
+        session = OnnxSession(shop.folder(file) / ONNX_FILE, threads=1)
         test = shop.data.test
         images, labels = test.pixels(), test.labels
         attacked = slice(0, recipe.evaluate.n or len(test))
