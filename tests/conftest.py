@@ -23,3 +23,11 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("coldforge-home")
     os.environ["COLDFORGE_HOME"] = str(home)
     return home
+
+
+@pytest.fixture(autouse=True)
+def same_weights_every_time() -> None:
+    """Networks that a test builds without a seed start the same, whichever tests ran before."""
+    import torch
+
+    torch.manual_seed(0)

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from coldforge._version import __version__
+from coldforge.attacks import parse_attack
 from coldforge.errors import StoreError
+from coldforge.evaluate import BACKWARDS
 from coldforge.models import channels_last
 from coldforge.provenance import provenance
 from coldforge.recipe import to_toml
@@ -61,6 +63,10 @@ def record(shop: Shop, made: Arrow, command: str = "") -> Record:
         },
         classes=list(shop.data.classes),
         stage_keys={f"{stage.kind} {stage.label}": stage.key for stage in made},
+        attacks={
+            name: parse_attack(name).model_dump() | {"gradients_of_quantized_networks": list(BACKWARDS)}
+            for name in recipe.evaluate.attacks
+        },
         artifact_sha256=shop.result(file)["sha256"],
         parent_size_bytes=shop.result(made.files["parent"])["size_bytes"],
     )
@@ -116,6 +122,11 @@ def _warnings(cost: dict[str, Any], agreed: dict[str, Any]) -> list[str]:
             )
     if cost["weight_bits"] <= 8 and not agreed["integer_kernels"]:
         notes.append("the runtime computes part of this file in floating point: it will be slower than it could be")
+    if agreed["saturates"] and cost["weight_bits"] <= 8:
+        notes.append(
+            "this CPU's 8-bit kernels saturate (no VNNI): the file may answer differently here; "
+            "deploy.reduce_range = true trains and exports 7-bit weights, which cannot"
+        )
     if cost["weight_bits"] < 8 or cost["activation_bits"] < 8:
         notes.append("bits below 8 are stored as clipped 8-bit values: no speed is claimed for them")
     return notes
@@ -140,6 +151,8 @@ def write_folder(shop: Shop, made: Arrow, record: Record, out: Path) -> None:
     """Write record.json, recipe.toml, model.onnx, model/ and what the report and ``verify`` need; the record last."""
     network = shop.folder(made.networks[made.artifact])
     try:
+        for stale in ("record.json", "report.html"):  # a kill must not leave them beside a new model
+            (out / stale).unlink(missing_ok=True)
         (out / "model").mkdir(parents=True, exist_ok=True)
         for name in ("model.safetensors", "structure.json"):
             _copy(network / name, out / "model" / name)

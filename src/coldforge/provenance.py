@@ -53,7 +53,7 @@ def provenance(seed: int, command: str | Sequence[str] = "", **more: Any) -> dic
     Returns:
         command, created (UTC, ISO 8601), seed, git_commit, git_dirty, versions, hardware, os; and ``more``.
     """
-    commit, dirty = git_state()
+    commit, dirty = git_state(Path(__file__).parent)
     return {
         "command": command if isinstance(command, str) else shlex.join(command),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

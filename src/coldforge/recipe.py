@@ -1,7 +1,7 @@
 """Recipes: one frozen spec per stage, TOML in and out.
 
 A spec is configuration, cache key and label at once: :func:`spec_hash` of the same spec is the same on every machine.
-Every key has a default, so an empty recipe is a valid one (it is the quickstart). Unknown keys are refused with the
+Every key has a default, so an empty recipe is a valid one. Unknown keys are refused with the
 nearest valid one. Numbers may be written as fractions (``eps = "8/255"``).
 """
 
@@ -210,6 +210,14 @@ class FinetuneSpec(TrainSpec):
     """Which fine-tunings to run from the same compressed network."""
 
     @model_validator(mode="after")
+    def _arms_decide(self) -> Self:
+        if self.objective != "adversarial":
+            raise ValueError(
+                f"finetune.objective is set by finetune.arms; expected arms = [{self.objective!r}] instead"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _some_arm(self) -> Self:
         if not self.arms or len(set(self.arms)) != len(self.arms):
             raise ValueError(f"finetune.arms: expected distinct arms, at least one, got {list(self.arms)}")
@@ -219,7 +227,7 @@ class FinetuneSpec(TrainSpec):
 class EvaluateSpec(Spec):
     """How accuracy and robustness are found."""
 
-    attacks: tuple[str, ...] = ("fgsm", "pgd-20")
+    attacks: tuple[str, ...] = Field(default=("fgsm", "pgd-20"), min_length=1)
     """Attacks run on every stage; worst_case is the point-wise worst of them and of the clean image."""
     n: int = Field(default=0, ge=0)
     """Test images to attack (0: all), taken from the front of the test set."""
@@ -265,8 +273,8 @@ class ComputeSpec(Spec):
     """Threads of torch; 0 chooses the physical cores, at most 8, when the recipe is resolved."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Training precision; auto is bf16 where the CPU computes it in hardware. Verdicts are always fp32."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where to train."""
+    device: Literal["cpu"] = "cpu"
+    """Where to train; the CPU is the only choice so far."""
 
 
 class Recipe(Spec):

@@ -32,7 +32,7 @@ TABLE = [
     (parse_attack("fgsm-rs"), LINF, 0.75),
     (parse_attack("pgd-10"), LINF, 0.45),
     (parse_attack("pgd-10-3"), LINF, 0.45),
-    (parse_attack("pgd-20-paper"), LINF, 0.45),
+    (parse_attack("pgd-120-paper"), LINF, 0.45),
     (PGD(label="pgd-margin", steps=10, rel_step=0.25, loss="margin"), LINF, 0.45),
     (parse_attack("fgsm"), L2, 0.9),
     (parse_attack("pgd-10"), L2, 0.8),
@@ -101,14 +101,14 @@ def slow_pgd(
                 return True, step
             loss = nn.functional.cross_entropy(logits, torch.tensor([label]))
             (gradient,) = torch.autograd.grad(loss, point)
-            point = point.detach() + attack.rel_step * tm.eps * gradient.sign()
+            point = point.detach() + attack.step_size(tm) * gradient.sign()
             point = torch.maximum(torch.minimum(point, x + tm.eps), x - tm.eps).clamp(0, 1)
         return False, -1
     finally:
         model.float()
 
 
-@pytest.mark.parametrize("name", ["fgsm", "pgd-10", "pgd-20-paper"])
+@pytest.mark.parametrize("name", ["fgsm", "pgd-10", "pgd-120-paper"])
 def test_pgd_equals_its_slow_twin(task: Any, name: str) -> None:
     model, images, labels = task
     attack = parse_attack(name)
@@ -268,7 +268,7 @@ def test_literal_threat_model_may_leave_the_box_and_only_it(task: Any) -> None:
 
 def test_perturb_for_training_equals_the_attack(task: Any) -> None:
     model, images, labels = task
-    attack = parse_attack("pgd-20-paper")  # no random start, so both begin at the image
+    attack = PGD(label="x", steps=20, rel_step=0.1, random_start=False)  # so both begin at the image
     kept = attack(model, images, labels, LINF, keep_last=True).last
     batch = perturb(model, images, labels, LINF, attack, torch.Generator())
     assert ((kept - batch).abs() < 1e-5).float().mean() > 0.995
@@ -324,10 +324,21 @@ def test_unknown_and_useless_attacks_are_refused() -> None:
         parse_attack("pdg-20")
     with pytest.raises(RecipeError, match="at least 1 step"):
         parse_attack("pgd-0")
-    with pytest.raises(RecipeError, match="cannot cross the ball"):
-        parse_attack("pgd-10-paper")
+    with pytest.raises(ValueError, match="cannot cross the ball"):
+        PGD(label="x", steps=10, rel_step=0.1)
+    with pytest.raises(ValueError, match="expected a step size, either relative or absolute"):
+        PGD(label="x", steps=10)
     with pytest.raises(ValueError, match="restarts without random start"):
         PGD(label="x", steps=5, restarts=2, rel_step=1, random_start=False)
+
+
+def test_the_papers_step_is_absolute(task: Any) -> None:
+    """0.01 on inputs in [-1, 1]: 0.1 eps on Fashion-MNIST (pixel eps 0.05), 0.32 eps on CIFAR-10 (4/255)."""
+    attack = parse_attack("pgd-20-paper")
+    assert attack.step_size(ThreatModel("linf", 0.05)) == attack.step_size(ThreatModel("linf", 4 / 255)) == 0.005
+    model, images, labels = task
+    with pytest.raises(AttackError, match=r"20 steps of 0\.005 cannot cross a ball of eps 0\.3; take at least 120"):
+        attack(model, images, labels, LINF)
 
 
 def test_progress_reaches_the_end(task: Any) -> None:

@@ -43,7 +43,7 @@ ATTACK_FORMS = {
     "fgsm-rs": "one step of 1.25 eps from a random point of the ball (the fast inner attack of training)",
     "pgd-K": "K steps of 2.5 eps / K from a random point, e.g. pgd-20",
     "pgd-K-R": "the same from R random points, e.g. pgd-50-10",
-    "pgd-K-paper": "K steps of eps / 10 from the image itself, as in arXiv 2403.09441",
+    "pgd-K-paper": "K steps of 0.005 (0.01 on inputs in [-1, 1]) from the image itself, as in arXiv 2403.09441",
 }
 """Valid forms of an attack's name, and what they mean."""
 
@@ -64,7 +64,7 @@ def parse_attack(name: str) -> PGD:
     steps, restarts = int(match[1]), int(match[2] or 1)
     try:
         if match[3]:
-            return PGD(label=name, steps=steps, rel_step=0.1, random_start=False)
+            return PGD(label=name, steps=steps, abs_step=0.005, random_start=False)
         return PGD(label=name, steps=steps, restarts=restarts, rel_step=2.5 / max(steps, 1))
     except ValueError as error:
         raise RecipeError(f"attack {name!r}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None  # type: ignore[attr-defined]

@@ -186,8 +186,8 @@ class Attack(Spec, ABC):
             seed: seed of the random starts.
             indices: what the images are called, ``(N,)``; an image draws the same start wherever it stands. Default:
                 their position.
-            judge: labels of a deployed file. With it, an image is fooled only when model *and* judge are wrong, and
-                the search goes on until then; the very last point is put to the judge whatever the model says.
+            judge: labels of a deployed file. With it, an image is fooled only when the judge is wrong, and the search
+                goes on until then. The judge is asked where the model is wrong, and about the very last point.
             keep_last: also run every image to its last iterate and return that.
             on_progress: called with the finished fraction.
 
@@ -262,4 +262,6 @@ class Attack(Spec, ABC):
                 if on_progress is not None:
                     on_progress(done / count)
         threat_model.verify(adversarial, images)
+        if keep_last:
+            threat_model.verify(last, images)
         return AttackResult(fooled, adversarial, last, first_step, first_restart, queries, margin)

@@ -8,6 +8,7 @@ one included; restarts keep "ever misclassified", never "highest loss"; the grad
 
 from __future__ import annotations
 
+import math
 from typing import Self
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from coldforge.attacks.base import Attack, Classifier, Slots, query, untouched
 from coldforge.attacks.threat import ThreatModel
+from coldforge.errors import AttackError
 
 
 class PGD(Attack):
@@ -25,8 +27,10 @@ class PGD(Attack):
     random point.
     """
 
-    rel_step: float
+    rel_step: float = 0.0
     """Step size in units of eps."""
+    abs_step: float = 0.0
+    """Step size in pixel units, where it does not follow eps."""
     label: str
     """Name in the record."""
 
@@ -39,7 +43,9 @@ class PGD(Attack):
     def _crosses_the_ball(self) -> Self:
         if self.steps < 1 or self.restarts < 1:
             raise ValueError(f"{self.label}: expected at least 1 step and 1 restart, got {self.steps}, {self.restarts}")
-        if self.steps > 1 and self.steps * self.rel_step < 2:
+        if bool(self.rel_step) == bool(self.abs_step):
+            raise ValueError(f"{self.label}: expected a step size, either relative or absolute")
+        if self.rel_step and self.steps > 1 and self.steps * self.rel_step < 2:
             raise ValueError(
                 f"{self.label}: {self.steps} steps of {self.rel_step:g} eps cannot cross the ball (2 eps); "
                 "take more or larger steps"
@@ -48,9 +54,23 @@ class PGD(Attack):
             raise ValueError(f"{self.label}: restarts without random start would all be the same")
         return self
 
+    def step_size(self, threat_model: ThreatModel) -> float:
+        """Length of one step in pixel units.
+
+        Raises:
+            AttackError: absolute steps that cannot cross this ball.
+        """
+        if self.abs_step and self.steps * self.abs_step < 2 * threat_model.eps * (1 - 1e-9):
+            raise AttackError(
+                f"{self.label}: {self.steps} steps of {self.abs_step:g} cannot cross a ball of eps "
+                f"{threat_model.eps:g}; "
+                f"take at least {math.ceil(2 * threat_model.eps / self.abs_step)}"
+            )
+        return self.abs_step or self.rel_step * threat_model.eps
+
     def advance(self, slots: Slots, threat_model: ThreatModel) -> Tensor:
         """One step of steepest ascent."""
-        return slots.points + threat_model.step(slots.gradient, self.rel_step * threat_model.eps)
+        return slots.points + threat_model.step(slots.gradient, self.step_size(threat_model))
 
 
 def perturb(
@@ -78,6 +98,6 @@ def perturb(
     with untouched(model):
         for _ in range(attack.steps):
             _, gradient = query(model, points, labels, attack.loss)
-            step = threat_model.step(gradient, attack.rel_step * threat_model.eps)
+            step = threat_model.step(gradient, attack.step_size(threat_model))
             points = threat_model.project(points + step, images)
     return points.detach()

@@ -26,9 +26,9 @@ _SMALLEST_STEP = 1e-8
 class _FakeQuantize(torch.autograd.Function):
     """``step * (clamp(round(x / step) + zero, qmin, qmax) - zero)`` with straight-through and LSQ gradients.
 
-    A value is inside the range if it rounds to a code without being clipped: half a step beyond the outermost codes still
-    counts. (Black pixels lie exactly on the lowest code; with a hard border they could not move under attack.) Written
-    in few passes over memory, which is what this costs on a CPU: ``hardtanh_backward`` is a masked copy in one pass.
+    A value is inside the range if it rounds to a code without being clipped: half a step beyond the outermost codes
+    still counts. (Black pixels lie exactly on the lowest code; with a hard border they could not move under attack.)
+    Written in few passes over memory, which is what this costs on a CPU: ``hardtanh_backward`` is a masked copy.
     """
 
     @staticmethod

@@ -33,13 +33,14 @@ _SAMPLES_PER_BATCH = 65536
 _MSE_CANDIDATES = 80
 
 
-def quantize(model: nn.Module, spec: QuantizeSpec, images: Tensor) -> nn.Module:
+def quantize(model: nn.Module, spec: QuantizeSpec, images: Tensor, *, beyond_box: float = 0.0) -> nn.Module:
     """Fold BatchNorm, insert quantizers and calibrate them; the argument stays as it is.
 
     Args:
         model: a float classifier whose first layer is the normalization.
         spec: bits and calibration.
         images: calibration images in [0, 1], ``(N, C, H, W)``.
+        beyond_box: how far pixels may leave [0, 1] (a literal threat model).
 
     Returns:
         A new network in evaluation mode with the same weights, rounded in its forward pass; the argument itself (a
@@ -50,7 +51,7 @@ def quantize(model: nn.Module, spec: QuantizeSpec, images: Tensor) -> nn.Module:
     """
     quantized = insert_quantizers(model, spec)
     if spec.enabled:
-        calibrate(quantized, images, spec.calibration)
+        calibrate(quantized, images, spec.calibration, beyond_box=beyond_box)
     return quantized
 
 
@@ -164,7 +165,7 @@ def _fit_weight_step(layer: QuantizedLayer, method: str) -> None:
 
 
 @torch.no_grad()
-def calibrate(network: nn.Module, images: Tensor, method: str) -> None:
+def calibrate(network: nn.Module, images: Tensor, method: str, *, beyond_box: float = 0.0) -> None:
     """Fix the range of every activation quantizer of ``network`` from ``images``, in place.
 
     Observers exist only inside this call: a calibrated network never moves its ranges by itself. The range of the
@@ -178,7 +179,7 @@ def calibrate(network: nn.Module, images: Tensor, method: str) -> None:
     """
     quantizers = [module for module in network.modules() if isinstance(module, ActivationQuantizer)]
     samples: dict[ActivationQuantizer, list[Tensor]] = {quantizer: [] for quantizer in quantizers}
-    black_and_white = torch.stack([torch.zeros_like(images[0]), torch.ones_like(images[0])])
+    black_and_white = torch.stack([torch.zeros_like(images[0]) - beyond_box, torch.ones_like(images[0]) + beyond_box])
 
     def observer(quantizer: ActivationQuantizer) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
         def record(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:

@@ -14,6 +14,7 @@ from coldforge.data.images import Augment, DataSplits, ImageSet
 from coldforge.errors import DataError
 
 VALIDATION_SEED = 20240316
+ORDER_SEED = 20240317
 """Seed of the split; fixed, so that runs with different recipe seeds hold out the same images."""
 
 
@@ -52,7 +53,16 @@ def from_arrays(
         ImageSet(pixels, targets, tuple(classes), f"{name} {part}")
         for pixels, targets, part in zip(images, labels, ("train", "test"), strict=True)
     )
-    return split(train, test, validation=validation, augment=augment)
+    return split(mixed(train), mixed(test), validation=validation, augment=augment)
+
+
+def mixed(images: ImageSet) -> ImageSet:
+    """The same images in an order of our own, always the same one.
+
+    Folders and many data sets come sorted by class: the first n images, which calibration and ``evaluate.n`` take,
+    would be of one class.
+    """
+    return images.take(torch.randperm(len(images), generator=torch.Generator().manual_seed(ORDER_SEED)))
 
 
 def split(train: ImageSet, test: ImageSet, *, validation: int = 0, augment: Augment = "none") -> DataSplits:

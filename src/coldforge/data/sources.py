@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from coldforge.data.arrays import split
+from coldforge.data.arrays import mixed, split
 from coldforge.data.hub import folder_sets, hub_sets, parquet_sets
 from coldforge.data.idx import Readable, find_idx, read_idx
 from coldforge.data.images import Augment, DataSplits, ImageSet
@@ -70,6 +70,8 @@ def load_data(spec: DataSpec | None = None, *, cache: Path | None = None) -> Dat
     """
     spec = spec or DataSpec()
     train, test = _sets(spec.source, cache or default_root() / "data")
+    if spec.source.startswith(("hf:", "folder:", "parquet:")):
+        train, test = mixed(train), mixed(test)
     if spec.train_n:
         train = train.take(slice(spec.train_n))
     if spec.test_n:

@@ -16,6 +16,9 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 _MOVES_CODES = ("Flatten", "MaxPool", "Reshape", "Squeeze", "Identity")
 """Operators that give the same when they work on integer codes, provided that the step is one for the tensor."""
 
+_GATHERED = 4
+"""Channels that integer convolution kernels gather at once."""
+
 
 def tidy(model: ModelProto) -> ModelProto:
     """A smaller, equivalent copy of an exported model whose input is ``image`` (its batch dimension: ``batch``)."""
@@ -28,6 +31,7 @@ def tidy(model: ModelProto) -> ModelProto:
     _restore_average_pool(graph, shapes)
     while _move_rounding(graph):
         pass
+    _widen_image(graph)
     _sort(graph)
     _drop_unused(graph)
     _strip(result)
@@ -119,6 +123,41 @@ def _restore_average_pool(graph: GraphProto, shapes: dict[str, tuple[int | str, 
         return [
             helper.make_node("GlobalAveragePool", [node.input[0]], [pooled]),
             helper.make_node("Flatten", [pooled], list(node.output), axis=1),
+        ]
+
+    _replace(graph, change)
+
+
+def _widen_image(graph: GraphProto) -> None:
+    """Give images of fewer than four channels empty ones up to four, right after they are rounded.
+
+    Integer convolution kernels gather their inputs four bytes at a time; for one or three channels ONNX Runtime gathers
+    single bytes, and the first layer, which computes little, takes half of the time of a small network. The new
+    channels hold the code of 0 and meet weights of 0: not one bit of the result changes.
+    """
+    makers = {name: node for node in graph.node for name in node.output}
+    constants = {item.name: item for item in graph.initializer}
+
+    def change(node: NodeProto) -> list[NodeProto] | None:
+        if node.op_type != "Conv" or _attribute(node, "group", 1) != 1:
+            return None
+        image, weight = makers.get(node.input[0]), makers.get(node.input[1])
+        if image is None or weight is None or {image.op_type, weight.op_type} != {"DequantizeLinear"}:
+            return None
+        kernel = constants.get(weight.input[0])
+        if kernel is None or kernel.dims[1] >= _GATHERED or kernel.data_type != TensorProto.INT8:
+            return None
+        missing = _GATHERED - kernel.dims[1]
+        values = numpy_helper.to_array(kernel)
+        wide = np.concatenate([values, np.zeros((len(values), missing, *values.shape[2:]), np.int8)], axis=1)
+        kernel.CopyFrom(numpy_helper.from_array(wide, kernel.name))
+        name = node.output[0]
+        pads = np.array([0, 0, 0, 0, 0, missing, 0, 0], np.int64)
+        graph.initializer.append(numpy_helper.from_array(pads, f"{name}_pads"))
+        return [
+            helper.make_node("Pad", [image.input[0], f"{name}_pads", image.input[2]], [f"{name}_wide_codes"]),
+            _rewired(image, f"{name}_wide_codes", f"{name}_wide"),
+            _rewired(node, f"{name}_wide", name),
         ]
 
     _replace(graph, change)

@@ -183,6 +183,7 @@ def summarize(ledger: Ledger, classes: Sequence[str]) -> Robustness:
         if int(members.sum()) and int(attacked.sum()):
             per_class[name] = {
                 "n": float(members.sum()),
+                "n_attacked": float(attacked.sum()),
                 "clean": float(ledger.right[members].double().mean()),
                 "worst_case": float(worst[attacked].double().mean()),
             }

@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 from coldforge.attacks import parse_attack, predict
 from coldforge.compress import attacking, load_network, weight_bit_widths
-from coldforge.deploy import OnnxSession, agreement, export_onnx, open_session, write_probe
+from coldforge.deploy import OnnxSession, agreement, export_onnx, int8_saturates, open_session, write_probe
 from coldforge.evaluate import BACKWARDS, summarize
 from coldforge.evaluate import evaluate as evaluate_network
 from coldforge.measure import count_macs, count_params, energy_per_image, measure_latency, packed_bytes
@@ -100,6 +100,8 @@ def evaluate(shop: Shop, network: Stage, what: str, *, file: Stage | None = None
     macs = shop.dense_macs() if what in ("baseline", "reference") else shop.small_macs()
     broken = 0.3 if "adversarial" not in what and what not in ("artifact", "reference", "control") else 1.0
     spec = [list(attacks), recipe.threat_model, recipe.evaluate.n, recipe.seed]
+    if file is not None:
+        spec.append(versions().get("onnxruntime", ""))
     return shop.declare(
         "evaluate", f"evaluate: {what}", spec, inputs, build, macs=broken * 4.0 * queries * images * macs
     )
@@ -145,6 +147,7 @@ def agree(shop: Shop, network: Stage, file: Stage) -> Stage:
             "clean": agreement(clean_twin, clean_file),
             "adversarial": agreement(adversarial_twin, adversarial_file),
             "integer_kernels": session.uses_integer_kernels(),
+            "saturates": int8_saturates(),
         }
         write_json(folder / "result.json", result)
 
@@ -196,7 +199,7 @@ def measure(shop: Shop, dense: Stage, files: Mapping[str, Stage]) -> Stage:
             for label, stage in files.items()
             for runtime in recipe.deploy.runtimes
         }
-        images = shop.data.test.pixels(slice(0, max(LATENCY_BATCHES)))
+        images = shop.data.test.pixels(torch.arange(max(LATENCY_BATCHES)) % len(shop.data.test))
         rows: dict[str, list[dict[str, Any]]] = {label: [] for label in files}
         eager, _ = load_network(shop.folder(dense), shop.live_source)  # contiguous and fp32, as its users run it
         with torch.inference_mode():

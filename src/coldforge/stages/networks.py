@@ -24,24 +24,25 @@ def baseline(shop: Shop) -> Stage:
     """The network that the user brings, or one trained as ``[model.train]`` says."""
     spec = shop.recipe.model
     structure = _dense_structure(shop)
-    if spec.checkpoint or not shop.source.rebuildable:
-        weights = file_digest(spec.checkpoint) if spec.checkpoint else _network_digest(shop.source.build(0))
+    checkpoint = spec.checkpoint if shop.source.rebuildable else ""  # a live network brings its weights
+    if checkpoint or not shop.source.rebuildable:
+        weights = file_digest(checkpoint) if checkpoint else ""
 
         def load(folder: Path, report: Report) -> None:
             bare = shop.source.build(0)
-            if spec.checkpoint:
+            if checkpoint:
                 load_weights(bare, spec.checkpoint, key_prefix=spec.key_prefix)
             network = normalized(bare, structure.mean, structure.std).eval()
             check_classifier(network, structure.image_shape, len(structure.classes))
             save_network(folder, network, structure)
             write_json(folder / "result.json", {})
 
-        return shop.declare("baseline", "baseline: load", [structure, weights, spec.key_prefix], [], load)
+        return shop.declare("baseline", "baseline: load", [structure, weights, spec.key_prefix, *_code(shop)], [], load)
     build = _training(shop, lambda: build_network(structure, seed=shop.recipe.seed), structure, spec.train)
     return shop.declare(
         "baseline",
         "baseline: train",
-        [structure, spec.train, _threat_of(shop, spec.train), shop.recipe.seed],
+        [structure, spec.train, _threat_of(shop, spec.train), shop.recipe.seed, *_code(shop)],
         [],
         build,
         macs=_training_macs(shop, spec.train, shop.dense_macs()),
@@ -51,6 +52,7 @@ def baseline(shop: Shop) -> Stage:
 def reference(shop: Shop) -> Stage:
     """The dense network trained adversarially from scratch: what the paper compares with."""
     spec = shop.recipe.reference
+    _needs_fresh_weights(shop, "reference")
     structure = _dense_structure(shop)
     build = _training(shop, lambda: build_network(structure, shop.source, seed=shop.recipe.seed), structure, spec)
     return shop.declare(
@@ -81,16 +83,18 @@ def prune(shop: Shop, network: Stage) -> Stage:
 def quantize(shop: Shop, network: Stage) -> Stage:
     """Round weights and activations; calibrated on training images, not yet trained."""
     spec = _quantization(shop)
+    threat = shop.recipe.threat_model
+    beyond = threat.eps if threat.literal else 0.0
 
     def build(folder: Path, report: Report) -> None:
         small, structure = shop.network(network)
         images = shop.data.train.pixels(slice(0, spec.calibration_n))
-        rounded = quantize_network(small, spec, images)
+        rounded = quantize_network(small, spec, images, beyond_box=beyond)
         quantization = spec if spec.enabled else None
         save_network(folder, rounded, structure.model_copy(update={"quantization": quantization}))
 
     label = f"quantize to {spec.weight_bits}/{spec.activation_bits} bits" if spec.enabled else "quantize (off)"
-    return shop.declare("quantize", label, [spec], [network], build)
+    return shop.declare("quantize", label, [spec, beyond] if beyond else [spec], [network], build)
 
 
 def finetune(shop: Shop, network: Stage, arm: str) -> Stage:
@@ -114,9 +118,13 @@ def finetune(shop: Shop, network: Stage, arm: str) -> Stage:
 
 
 def control(shop: Shop, compressed: Stage) -> Stage:
-    """The same small network with fresh weights, trained adversarially with the epochs, the attack and the learning
-    rate of a baseline's training, then rounded like the others: is pruning a trained network worth anything?
+    """The same small network with fresh weights: is pruning a trained network worth anything?
+
+    Trained adversarially with the epochs and the attack of the fine-tuning and the learning rate of a baseline, in
+    floating point, and rounded afterwards: steps for weights that are still random mean nothing. Fair at 8 bits,
+    harsh below.
     """
+    _needs_fresh_weights(shop, "control")
     tuning = shop.recipe.finetune.model_dump(exclude={"arms"})
     spec = TrainSpec(**{**tuning, "objective": "adversarial", "lr": shop.recipe.model.train.lr})
     quantization = _quantization(shop)
@@ -175,6 +183,13 @@ def _training(
 def _dense_structure(shop: Shop) -> Structure:
     spec, shape = shop.recipe.model, shop.data.image_shape
     mean, std = spec.mean or shop.data.mean, spec.std or shop.data.std
+    if not shop.source.rebuildable and not (spec.mean or spec.std):
+        mean, std = (0.0,) * shape[0], (1.0,) * shape[0]  # a live network takes pixels, or normalizes them itself
+    elif spec.checkpoint and not (spec.mean and spec.std):
+        raise RecipeError(
+            "model.mean and model.std: expected the normalization that the network in model.checkpoint was trained "
+            "with, for inputs in [0, 1], got none; [0.0] and [1.0] for each channel mean none"
+        )
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != shape[0]:
             raise RecipeError(f"model.{name}: expected {shape[0]} numbers, one a channel, got {len(values)}")
@@ -183,9 +198,23 @@ def _dense_structure(shop: Shop) -> Structure:
 
 def _quantization(shop: Shop) -> QuantizeSpec:
     spec = shop.recipe.quantize
-    if shop.recipe.deploy.reduce_range and spec.weight_bits == 8:
-        return spec.model_copy(update={"weight_bits": 7, "edge_bits": min(spec.edge_bits, 7)})
+    if shop.recipe.deploy.reduce_range and spec.weight_bits <= 8:
+        seven = {"weight_bits": min(spec.weight_bits, 7), "edge_bits": min(spec.edge_bits, 7)}
+        return spec.model_copy(update=seven)
     return spec
+
+
+def _needs_fresh_weights(shop: Shop, what: str) -> None:
+    if not shop.source.rebuildable:
+        raise RecipeError(
+            f"{what}.train: expected an architecture that can be built with fresh weights, such as "
+            "package.module:factory, got a network that is already trained"
+        )
+
+
+def _code(shop: Shop) -> list[str]:
+    """What the key must know of an architecture whose code is not ours: what it builds."""
+    return [] if shop.source.name.startswith("zoo:") else [_network_digest(shop.source.build(shop.recipe.seed))]
 
 
 def _threat_of(shop: Shop, spec: TrainSpec) -> object:

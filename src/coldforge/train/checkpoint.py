@@ -29,6 +29,8 @@ class TrainState:
     epoch_loss: float = 0.0
     """Sum of the losses of the current epoch so far."""
     seconds: float = 0.0
+    macs: float = 0.0
+    """Spent so far, like the seconds: by attempts that collapsed, too."""
     curve: tuple[CurvePoint, ...] = ()
     notes: tuple[str, ...] = ()
     model: dict[str, Tensor] = field(default_factory=dict)
@@ -66,6 +68,7 @@ def save_state(folder: Path, state: TrainState) -> None:
         "step": state.step,
         "epoch_loss": state.epoch_loss,
         "seconds": state.seconds,
+        "macs": state.macs,
         "curve": [point.model_dump() for point in state.curve],
         "notes": state.notes,
     }
@@ -91,6 +94,7 @@ def load_state(folder: Path) -> TrainState | None:
             step=numbers["step"],
             epoch_loss=numbers["epoch_loss"],
             seconds=numbers["seconds"],
+            macs=numbers["macs"],
             curve=tuple(CurvePoint(**point) for point in numbers["curve"]),
             notes=tuple(numbers["notes"]),
             model=part("model."),

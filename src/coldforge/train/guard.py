@@ -22,6 +22,10 @@ class Collapse(Exception):
     """This attempt failed; the message says how."""
 
 
+class NotFinite(Collapse):
+    """The loss or a weight became NaN or infinite."""
+
+
 class Overfitting(Collapse):
     """Catastrophic overfitting: the inner attack is too weak, whatever the learning rate."""
 

@@ -34,7 +34,7 @@ from coldforge.models import channels_last
 from coldforge.recipe import TrainSpec, spec_hash
 from coldforge.records import CurvePoint
 from coldforge.train.checkpoint import TrainState, load_state, save_state
-from coldforge.train.guard import Collapse, Overfitting, monitor, refuse_collapse
+from coldforge.train.guard import Collapse, NotFinite, Overfitting, monitor, refuse_collapse
 from coldforge.train.schedule import learning_rate, ramped_eps
 
 CHECKPOINT_SECONDS = 15.0
@@ -53,6 +53,18 @@ class TrainResult:
     macs: float
     """Multiply-adds spent: 3 per image and pass of training (forward, two backward), 2 per step of the inner attack."""
     notes: tuple[str, ...]
+
+
+class _Meter:
+    """What a training has cost so far, attempts that collapsed included."""
+
+    def __init__(self, seconds: float, macs: float) -> None:
+        self.macs = macs
+        self._before, self._started = seconds, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return self._before + time.monotonic() - self._started
 
 
 def train(
@@ -89,18 +101,22 @@ def train(
     """
     state = (load_state(folder) if folder else None) or TrainState()
     while True:
+        meter = _Meter(state.seconds, state.macs)
         try:
-            return _attempt(model, data, spec, threat_model, seed, precision, folder, state, on_progress)
+            return _attempt(model, data, spec, threat_model, seed, precision, folder, state, meter, on_progress)
         except Collapse as collapse:
             if state.attempt >= spec.retries:
-                raise (TrainingError if "finite" in str(collapse) else CollapseError)(
+                raise (TrainingError if isinstance(collapse, NotFinite) else CollapseError)(
                     f"training collapsed (attempt {state.attempt + 1} of {spec.retries + 1}), "
                     f"last with {_way(spec, state)}: {collapse}. "
-                    "Lower finetune.lr, raise finetune.epochs or finetune.eps_ramp, take a stronger finetune.attack, "
-                    "or prune less"
+                    "Lower lr, raise epochs or eps_ramp, take a stronger attack, or prune less"
                 ) from None
-            stronger = state.stronger + isinstance(collapse, Overfitting)
-            again = TrainState(attempt=state.attempt + 1, stronger=stronger, seconds=state.seconds)
+            again = TrainState(
+                attempt=state.attempt + 1,
+                stronger=state.stronger + isinstance(collapse, Overfitting),
+                seconds=meter.seconds,
+                macs=meter.macs,
+            )
             note = f"training with {_way(spec, state)} collapsed ({collapse}); started again with {_way(spec, again)}"
             state = replace(again, notes=(*state.notes, note))
             if folder:
@@ -135,6 +151,7 @@ def _attempt(
     precision: str,
     folder: Path | None,
     state: TrainState,
+    meter: _Meter,
     on_progress: Callable[[float, str], None] | None,
 ) -> TrainResult:
     fabric = _fabric(precision)
@@ -150,12 +167,8 @@ def _attempt(
     per_epoch = steps_per_epoch(len(data.train), spec.batch_size)
     total = per_epoch * spec.epochs
     peak = _peak(spec, state)
-    step, epoch_loss, curve, started = state.step, state.epoch_loss, list(state.curve), time.monotonic()
-    saved = started
-
-    def seconds() -> float:
-        return state.seconds + time.monotonic() - started
-
+    image_macs = count_macs(network, data.image_shape) * (3 + (2 * inner.steps if inner else 0))
+    step, epoch_loss, curve, saved = state.step, state.epoch_loss, list(state.curve), time.monotonic()
     while step < total:
         epoch = step // per_epoch
         batches = epoch_batches(
@@ -174,38 +187,50 @@ def _attempt(
             images = images.contiguous(memory_format=torch.channels_last)
             if inner is not None:
                 now = replace(threat_model, eps=eps)
-                generator = torch.Generator().manual_seed(int(spec_hash(seed, "inner attack", step)[:15], 16))
+                generator = torch.Generator().manual_seed(_seed(seed, "inner attack", step))
                 with attacking(network, BACKWARDS[step % len(BACKWARDS)]), fabric.autocast():
                     images = perturb(network, images, labels, now, inner, generator)
             network.train()
-            loss = F.cross_entropy(wrapped(images), labels, label_smoothing=spec.label_smoothing)
+            with torch.random.fork_rng(devices=[]):  # for dropout
+                torch.manual_seed(_seed(seed, "forward", step))
+                loss = F.cross_entropy(wrapped(images), labels, label_smoothing=spec.label_smoothing)
             optimizer.zero_grad(set_to_none=True)
             fabric.backward(loss)
             optimizer.step()
             with torch.no_grad():
                 for learned, start in calibrated:
                     learned.clamp_(start / STEP_RANGE, start * STEP_RANGE)
+            meter.macs += float(len(images) * image_macs)
             value = float(loss.detach())
             if not math.isfinite(value):
-                raise Collapse(f"the loss is not finite at step {step}")
+                raise NotFinite(f"the loss is not finite at step {step}")
             epoch_loss += value
             step += 1
             if on_progress is not None:
                 on_progress(step / total, f"epoch {epoch + 1}/{spec.epochs}  loss {value:.3f}")
             if step % per_epoch == 0:
                 if not all(bool(parameter.isfinite().all()) for parameter in network.parameters()):
-                    raise Collapse(f"the weights are not finite after step {step}")
+                    raise NotFinite(f"the weights are not finite after step {step}")
                 point = monitor(network, data.validation, threat_model, spec, epoch, epoch_loss / per_epoch, lr, eps)
                 curve.append(point)
                 epoch_loss = 0.0
                 refuse_collapse(network, data.validation, curve, inner, threat_model.eps, spec)
             if folder is not None and time.monotonic() - saved > CHECKPOINT_SECONDS:
                 saved = time.monotonic()
-                reached = replace(state, step=step, epoch_loss=epoch_loss, seconds=seconds(), curve=tuple(curve))
+                reached = replace(
+                    state,
+                    step=step,
+                    epoch_loss=epoch_loss,
+                    seconds=meter.seconds,
+                    macs=meter.macs,
+                    curve=tuple(curve),
+                )
                 save_state(folder, reached.holding(network, optimizer))
-    passes = 3 + (2 * inner.steps if inner else 0)
-    macs = float(total * min(spec.batch_size, len(data.train)) * passes) * count_macs(network, data.image_shape)
-    return TrainResult(network.eval(), tuple(curve), seconds(), macs, state.notes)
+    return TrainResult(network.eval(), tuple(curve), meter.seconds, meter.macs, state.notes)
+
+
+def _seed(*parts: object) -> int:
+    return int(spec_hash(*parts)[:15], 16)
 
 
 def _fabric(precision: str):  # type: ignore[no-untyped-def]  # Fabric's generics say nothing here
