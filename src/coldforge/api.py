@@ -60,9 +60,9 @@ def forge(
     """Prune, quantize, fine-tune, export and prove a classifier.
 
     Args:
-        model: a trained classifier without normalization layer (inputs in [0, 1] are normalized with the mean and
-            standard deviation of the training images, see ``model.mean``), which stays untouched; or a source such as
-            ``"zoo:cnn8"``, which is trained first.
+        model: a trained classifier that takes pixels in [0, 1], which stays untouched (if it expects normalized inputs,
+            name ``model.mean`` and ``model.std`` in ``settings``); or a source such as ``"zoo:cnn8"``, which is trained
+            first.
         data: result of :func:`coldforge.load_data` or :func:`coldforge.data.from_arrays`, or a source such as
             ``"fashion-mnist"``.
         out: folder to write.

@@ -206,6 +206,14 @@ class FinetuneSpec(TrainSpec):
 
     objective: Literal["natural", "adversarial"] = "adversarial"
     """Set by the arm; leave it alone."""
+    attack: str = "pgd-2"
+    """Inner attack of the adversarial arm: fgsm-rs, or pgd-K such as pgd-7. See `coldforge recipes --attacks`."""
+    lr: Number = Field(default=0.03, gt=0)
+    """Peak learning rate of SGD."""
+    weight_decay: Number = Field(default=1e-4, ge=0)
+    """L2 penalty on weights (not on biases, BatchNorm or quantizer steps)."""
+    eps_ramp: Number = Field(default=0.15, ge=0, lt=1)
+    """Part of training in which eps of the inner attack rises from 0 to its full value."""
     arms: tuple[Literal["none", "natural", "adversarial"], ...] = ("natural", "adversarial")
     """Which fine-tunings to run from the same compressed network."""
 

@@ -43,7 +43,7 @@ def test_training_learns(kind, build, splits, threat):
 
 def test_adversarial_training_is_worth_it(tempting, threat):
     network = normalized(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), (0.5,), (0.1,))
-    spec = TrainSpec(epochs=6, batch_size=32, lr=0.1, attack="pgd-3")
+    spec = TrainSpec(epochs=6, batch_size=32, lr=0.03, attack="pgd-3")
     natural = train(network, tempting, spec, threat)
     adversarial = train(network, tempting, spec.model_copy(update={"objective": "adversarial"}), threat)
     clean, robust = accuracy(natural.model, tempting.test, threat)
