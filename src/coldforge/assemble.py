@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -27,11 +27,8 @@ from coldforge.records import (
     StageRecord,
     ThreatModelRecord,
 )
-from coldforge.stages import ONNX_FILE, Shop
+from coldforge.stages import ONNX_FILE, Arrow, Shop
 from coldforge.store import write_atomic
-
-if TYPE_CHECKING:
-    from coldforge.pipeline import Arrow
 
 LABELS: dict[str, tuple[StageName, str]] = {
     "baseline": ("baseline", "baseline"),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,24 +24,8 @@ from coldforge.progress import Progress, Step
 from coldforge.provenance import has_bf16, physical_cores
 from coldforge.recipe import Recipe
 from coldforge.records import Record
-from coldforge.stages import Shop, Stage
+from coldforge.stages import Arrow, Shop
 from coldforge.store import Store
-
-
-@dataclass(frozen=True, eq=False)
-class Arrow:
-    """All stages of one run. ``networks``, ``files`` and ``evidence`` are keyed by the row of the record."""
-
-    networks: dict[str, Stage] = field(default_factory=dict)
-    files: dict[str, Stage] = field(default_factory=dict)
-    evidence: dict[str, Stage] = field(default_factory=dict)
-    artifact: str = ""
-    """Which row of ``networks`` became the artifact: its twin."""
-
-    def __iter__(self) -> Iterator[Stage]:
-        """In the order of making; each once."""
-        seen = {stage.key: stage for part in (self.networks, self.files, self.evidence) for stage in part.values()}
-        return iter(seen.values())
 
 
 def arrow(shop: Shop) -> Arrow:

@@ -2,10 +2,11 @@
 
 from coldforge.stages.evidence import ONNX_FILE, agree, evaluate, export, gallery, measure
 from coldforge.stages.networks import baseline, control, finetune, prune, quantize, reference
-from coldforge.stages.shop import Shop, Stage, read_json
+from coldforge.stages.shop import Arrow, Shop, Stage, read_json
 
 __all__ = [
     "ONNX_FILE",
+    "Arrow",
     "Shop",
     "Stage",
     "agree",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,22 @@ class Shop:
     def result(self, stage: Stage) -> dict[str, Any]:
         """What a stage that was made found out, as plain values."""
         return read_json(self.folder(stage) / "result.json")
+
+
+@dataclass(frozen=True, eq=False)
+class Arrow:
+    """All stages of one run. ``networks``, ``files`` and ``evidence`` are keyed by the row of the record."""
+
+    networks: dict[str, Stage] = field(default_factory=dict)
+    files: dict[str, Stage] = field(default_factory=dict)
+    evidence: dict[str, Stage] = field(default_factory=dict)
+    artifact: str = ""
+    """Which row of ``networks`` became the artifact: its twin."""
+
+    def __iter__(self) -> Iterator[Stage]:
+        """In the order of making; each once."""
+        seen = {stage.key: stage for part in (self.networks, self.files, self.evidence) for stage in part.values()}
+        return iter(seen.values())
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
