@@ -95,6 +95,14 @@ def test_the_record_is_the_one_on_disk(forged):
     assert [stage["name"] for stage in plain["stages"]] == ["baseline", "compressed", "tuned", "artifact"]
 
 
+def test_the_baseline_is_the_network_as_it_was_given(forged, model, data):
+    """On pixels in [0, 1], without a normalization of ours."""
+    network = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        right = (network(data.test.pixels()).argmax(1) == data.test.labels).double().mean()
+    assert forged.record.stages[0].clean_accuracy == float(right)
+
+
 def test_session_and_network_agree(forged, data):
     session, network = forged.session(threads=1), forged.network()
     assert isinstance(session, OnnxSession)

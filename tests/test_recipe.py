@@ -82,6 +82,12 @@ def test_the_source_mapping_is_not_changed():
         ("quantize.weight_bits=32", "weight_bits and activation_bits both quantized or both 32, got 32 and 8"),
         ("finetune.arms=[]", r"finetune.arms: expected distinct arms, at least one, got \[\]"),
         ('finetune.arms=["natural"]', r"deploy.arm: expected one of finetune.arms \['natural'\], got 'adversarial'"),
+        (
+            "finetune.objective=natural",
+            r"finetune\.objective is set by finetune\.arms; expected arms = \['natural'\] instead",
+        ),
+        ("evaluate.attacks=[]", r"evaluate\.attacks: .*at least 1 item"),
+        ("compute.device=cuda", r"compute\.device: .*'cpu'.*got 'cuda'"),
         ("finetune.epochs=0", "finetune.epochs: .*greater than or equal to 1, got 0"),
         ("seed=-1", "seed: .*greater than or equal to 0, got -1"),
         ("nonsense", "expected key=value, such as finetune.epochs=5, got 'nonsense'"),
@@ -94,7 +100,7 @@ def test_bad_values_are_explained(override, message):
 
 
 def test_a_value_is_not_a_table():
-    with pytest.raises(RecipeError, match=r"seed\.x: 'seed' is a value, not a table"):
+    with pytest.raises(RecipeError, match=r"seed\.x: expected a table at 'seed', found a value"):
         load_recipe({"seed": 1}, overrides=["seed.x=1"])
 
 

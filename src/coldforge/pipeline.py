@@ -87,7 +87,7 @@ def run(
     """
     with _shop(recipe, store, progress, model, data) as shop:
         made = arrow(shop)
-        if recipe.model.checkpoint and not shop.recipe.model.checkpoint:
+        if model is None and recipe.model.checkpoint and not shop.recipe.model.checkpoint:
             shop.progress.note(f"{recipe.model.checkpoint} is not set: the baseline is trained here")
         shop.progress.plan(_steps(shop, made))
         if out is not None:

@@ -372,6 +372,17 @@ def test_the_range_of_the_image_is_that_of_the_box(make: Build, method: str) -> 
         assert float((first[0](pixels) - pixels).detach().abs().max()) <= 1.001 * float(first[0].step.detach())
 
 
+def test_the_range_of_the_image_is_wider_where_pixels_leave_the_box(make: Build) -> None:
+    images = some_images(8)
+    boxed = quantizers(quantize(make("plain"), spec(), images))
+    wide = quantize(make("plain"), spec(), images, beyond_box=0.1)
+    for value in (-0.1, 1.1):
+        pixels = wide.get_submodule("normalize")(torch.full((1, *SHAPE), value))
+        image, narrow = quantizers(wide)["quantizer_0"], boxed["quantizer_0"]
+        assert float((image(pixels) - pixels).detach().abs().max()) <= 1.001 * float(image.step.detach())
+        assert float((narrow(pixels) - pixels).detach().abs().max()) > 5 * float(narrow.step.detach())
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_ranges_move_only_in_calibrate(make: Build, training: bool) -> None:
     """Observers that run in evaluation would let an attack move the grid."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coldforge.data import from_arrays
-from coldforge.data.arrays import split, to_images
+from coldforge.data.arrays import mixed, split, to_images
 from coldforge.data.images import ImageSet
 from coldforge.errors import DataError
 
@@ -34,7 +34,9 @@ def test_the_layout_in_memory_does_not_matter(scale: int) -> None:
     images = torch.from_numpy(IMAGES if scale == 1 else IMAGES / 255).contiguous(memory_format=torch.channels_last)
     splits = from_arrays(images, LABELS, images, LABELS)
     assert splits.test.pixels().is_contiguous()
-    assert torch.equal(splits.test.images, torch.from_numpy(IMAGES))
+    expected = mixed(ImageSet(torch.from_numpy(IMAGES), torch.from_numpy(LABELS), ("0", "1", "2"), "here"))
+    assert torch.equal(splits.test.images, expected.images)
+    assert torch.equal(splits.test.labels, expected.labels)
 
 
 def test_grey_images_get_a_channel() -> None:
@@ -90,6 +92,30 @@ def numbered(n: int) -> ImageSet:
 def numbers(data: ImageSet) -> list[int]:
     found: list[int] = data.images.reshape(len(data), 4).contiguous().view(torch.int32).flatten().tolist()
     return found
+
+
+@pytest.mark.parametrize("n", [1, 2, 500])
+def test_mixed_is_always_the_same_permutation_and_keeps_pairs(n: int) -> None:
+    data = numbered(n)
+    torch.manual_seed(1)
+    first = mixed(data)
+    torch.manual_seed(2)
+    second = mixed(data)
+    assert sorted(numbers(first)) == list(range(n))
+    assert numbers(first) == numbers(second)
+    assert first.labels.tolist() == [number % 2 for number in numbers(first)]
+    assert (first.classes, first.name) == (data.classes, data.name)
+    assert numbers(data) == list(range(n))
+    assert n < 3 or numbers(first) != list(range(n))
+
+
+def test_arrays_sorted_by_class_do_not_stay_so() -> None:
+    labels = np.arange(1000) // 100
+    images = np.broadcast_to(labels[:, None, None, None].astype(np.uint8), (1000, 1, 2, 2))
+    splits = from_arrays(images, labels, images, labels)
+    for part in (splits.train, splits.validation, splits.test):
+        assert set(part.labels[:60].tolist()) == set(range(10))
+        assert torch.equal(part.images[:, 0, 0, 0].long(), part.labels)
 
 
 @pytest.mark.parametrize(("n", "validation", "expected"), [(1200, 0, 100), (72000, 0, 5000), (1200, 7, 7), (2, 0, 1)])

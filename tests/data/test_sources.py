@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from coldforge.data import ImageSet, load_data, sources
+from coldforge.data.arrays import mixed
 from coldforge.errors import DataError
 from coldforge.recipe import DataSpec
 
@@ -147,7 +149,7 @@ def test_parquet_is_decoded_and_remembered(parquet: Path, tmp_path: Path, make_s
     splits = load_data(spec(f"parquet:{parquet}"), cache=cache)
     assert splits.classes == ("0", "1", "2", "3")
     assert splits.augment == "crop-flip"
-    assert torch.equal(splits.test.images, make_set(8, seed=1).images)
+    assert torch.equal(splits.test.images, mixed(make_set(8, seed=1)).images)
     assert all_train_images(splits) == {image.numpy().tobytes() for image in make_set(20).images}
     assert [path.suffix for path in cache.iterdir()] == [".safetensors"]
 
@@ -165,7 +167,7 @@ def test_a_changed_file_is_decoded_again(
     load_data(spec(f"parquet:{parquet}"), cache=tmp_path / "cache")
     write_parquet(parquet / "test.parquet", make_set(9, seed=2))
     splits = load_data(spec(f"parquet:{parquet}"), cache=tmp_path / "cache")
-    assert torch.equal(splits.test.images, make_set(9, seed=2).images)
+    assert torch.equal(splits.test.images, mixed(make_set(9, seed=2)).images)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
@@ -184,10 +186,14 @@ def test_an_unwritable_cache_only_costs_time(parquet: Path, tmp_path: Path) -> N
     assert len(load_data(spec(f"parquet:{parquet}"), cache=tmp_path / "cache").test) == 8
 
 
-def test_cifar10_has_its_class_names(parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar10_has_its_class_names_and_its_order(
+    parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_set: MakeSet
+) -> None:
     monkeypatch.setenv("COLDFORGE_CIFAR10", str(parquet))
     assert load_data(spec("cifar10"), cache=tmp_path / "cache").classes == sources.CIFAR10_CLASSES
-    assert load_data(spec(f"cifar10:{parquet}"), cache=tmp_path / "cache").classes[3] == "cat"
+    splits = load_data(spec(f"cifar10:{parquet}"), cache=tmp_path / "cache")
+    assert splits.classes[3] == "cat"
+    assert torch.equal(splits.test.images, make_set(8, seed=1).images)  # in the order of the file
 
 
 def test_missing_and_damaged_parquet(parquet: Path, tmp_path: Path) -> None:
@@ -224,7 +230,7 @@ def test_columns_that_cannot_be_told_apart(
     for name in ("train", "test"):
         write_parquet(tmp_path / f"{name}.parquet", data, age=[1, 2, 3, 4])
     splits = load_data(spec(f"parquet:{tmp_path}"), cache=tmp_path / "cache")  # "label" wins by its name
-    assert splits.test.labels.tolist() == [0, 1, 2, 3]
+    assert torch.equal(splits.test.labels, mixed(data).labels)
 
 
 def test_texts_as_labels(tmp_path: Path, make_set: MakeSet, write_parquet: Callable[..., None]) -> None:
@@ -232,7 +238,9 @@ def test_texts_as_labels(tmp_path: Path, make_set: MakeSet, write_parquet: Calla
         write_parquet(tmp_path / f"{name}.parquet", make_set(4), label=["dog", "cat", "dog", "eel"])
     splits = load_data(spec(f"parquet:{tmp_path}"), cache=tmp_path / "cache")
     assert splits.classes == ("cat", "dog", "eel")
-    assert splits.test.labels.tolist() == [1, 0, 1, 2]
+    written = replace(make_set(4), labels=torch.tensor([1, 0, 1, 2]))
+    assert torch.equal(splits.test.labels, mixed(written).labels)
+    assert torch.equal(splits.test.images, mixed(written).images)
 
 
 # --- image folders and the hub -----------------------------------------------------------------------------------
@@ -250,8 +258,10 @@ def test_image_folder(tmp_path: Path, make_set: MakeSet, encode: Callable[..., b
     assert splits.image_shape == (1, 6, 5)
     assert splits.augment == "none"
     order = sorted(range(12), key=lambda i: (int(data.labels[i]), i))
-    assert torch.equal(splits.test.images, data.images[order])
-    assert torch.equal(splits.test.labels, data.labels[order])
+    expected = mixed(data.take(torch.tensor(order)))
+    assert torch.equal(splits.test.images, expected.images)
+    assert torch.equal(splits.test.labels, expected.labels)
+    assert splits.test.labels.tolist() != sorted(splits.test.labels.tolist())
 
     (tmp_path / "set" / "test" / "maybe").mkdir()
     (tmp_path / "set" / "test" / "maybe" / "x.png").write_bytes(encode(data.images[0]))
@@ -297,7 +307,9 @@ def test_hub_set(
     assert shown is not datasets.are_progress_bars_disabled()
     assert splits.classes == ("a", "b", "c", "d")
     assert splits.augment == "none"
-    assert torch.equal(splits.test.images, make_set(6, seed=1).images)
+    expected = mixed(make_set(6, seed=1))
+    assert torch.equal(splits.test.images, expected.images)
+    assert torch.equal(splits.test.labels, expected.labels)
 
 
 def test_hub_set_without_a_test_part(

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -17,11 +18,12 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coldforge.compress import ActivationQuantizer, QuantizedLayer
+from coldforge.compress import ActivationQuantizer, QuantizedLayer, quantize
 from coldforge.deploy.onnx import export_onnx
 from coldforge.deploy.runtime import OnnxSession
 from coldforge.errors import ExportError, UsageError
 from coldforge.models import normalized
+from coldforge.recipe import QuantizeSpec
 
 SHAPE = (2, 10, 10)
 CLASSES = ("a", "b", "c")
@@ -154,7 +156,7 @@ def test_graph_holds_integers_and_no_shape_arithmetic(
     model = onnx.load(tmp_path / "model.onnx")
     operators = {node.op_type for node in model.graph.node}
     assert operators == {
-        "Sub", "Div", "QuantizeLinear", "Clip", "DequantizeLinear", "Conv", "Relu", "Flatten", "Gemm"
+        "Sub", "Div", "QuantizeLinear", "Clip", "Pad", "DequantizeLinear", "Conv", "Relu", "Flatten", "Gemm"
     }  # fmt: skip
     assert [item.version for item in model.opset_import if item.domain == ""] == [21]
     constants = {item.name: item for item in model.graph.initializer}
@@ -165,6 +167,63 @@ def test_graph_holds_integers_and_no_shape_arithmetic(
     assert [item.data_type for item in biases] == [TensorProto.INT32] * 4
     clips = [numpy_helper.to_array(constants[n.input[2]]) for n in model.graph.node if n.op_type == "Clip"]
     assert [int(value) for value in clips] == [15] * 4  # image, two convolutions, first linear: 4 bits each
+
+
+def convolutions(path: Path) -> list[tuple[np.ndarray, list[str]]]:
+    """Of every convolution: the codes of its weight, and the operators before it, nearest first."""
+    graph = onnx.load(path).graph
+    makers = {name: node for node in graph.node for name in node.output}
+    constants = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
+    found = []
+    for node in (node for node in graph.node if node.op_type == "Conv"):
+        above, at = [], node.input[0]
+        while at in makers:
+            above.append(makers[at].op_type)
+            at = makers[at].input[0]
+        found.append((constants[makers[node.input[1]].input[0]], above))
+    return found
+
+
+def image_network(channels: int, groups: int = 1) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(channels, 8, 3, padding=1, groups=groups), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=2), nn.ReLU()]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)]
+    return normalized(nn.Sequential(*layers, *head), [0.5] * channels, [0.2] * channels).eval()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_few_channels_are_widened_to_four(channels: int, tmp_path: Path) -> None:
+    images = torch.rand(64, channels, 10, 10, generator=torch.Generator().manual_seed(0))
+    twin = quantize(image_network(channels), QuantizeSpec(), images)
+    export_onnx(twin, tmp_path / "model.onnx", image_shape=(channels, 10, 10), classes=CLASSES)
+    session = OnnxSession(tmp_path / "model.onnx", threads=1)
+    assert_same_answers(twin, session, images)
+    assert session.uses_integer_kernels(), session.operators()
+    (first, above), (second, _) = convolutions(tmp_path / "model.onnx")
+    assert first.shape == (8, 4, 3, 3)
+    assert not first[:, channels:].any()
+    assert first[:, :channels].any()
+    assert above[:3] == ["DequantizeLinear", "Pad", "QuantizeLinear"]  # on the codes
+    assert second.shape == (6, 8, 3, 3)
+
+
+@pytest.mark.parametrize(("channels", "groups", "seen"), [(4, 1, 4), (5, 1, 5), (2, 2, 1), (8, 8, 1)])
+def test_wide_and_depthwise_first_layers_stay(channels: int, groups: int, seen: int, tmp_path: Path) -> None:
+    images = torch.rand(16, channels, 10, 10, generator=torch.Generator().manual_seed(0))
+    twin = quantize(image_network(channels, groups), QuantizeSpec(), images)
+    export_onnx(twin, tmp_path / "model.onnx", image_shape=(channels, 10, 10), classes=CLASSES)
+    (first, above), _ = convolutions(tmp_path / "model.onnx")
+    assert first.shape == (8, seen, 3, 3)
+    assert "Pad" not in above
+
+
+def test_an_image_of_sixteen_bits_stays(
+    plain_network: Factory, quantized: Factory, images: Tensor, tmp_path: Path
+) -> None:
+    twin = quantized(plain_network(), bits=8, activation_bits=16)
+    session = export(twin, tmp_path / "model.onnx")
+    assert_same_answers(twin, session, images)
+    assert "Pad" not in session.operators()
 
 
 def test_bias_of_a_dead_channel_does_not_overflow(

@@ -299,6 +299,7 @@ def test_summary_equals_counting_by_hand(drawn):
             continue
         expected = {
             "n": len(members),
+            "n_attacked": len(attacked),
             "clean": sum(labels[i] == answers[i] for i in members) / len(members),
             "worst_case": sum(survived[i] for i in attacked) / len(attacked),
         }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
+import sys
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 
 from coldforge.data import DataSplits, from_arrays
 from coldforge.measure import energy_per_image
-from coldforge.models import model_source, normalized
+from coldforge.models import model_source
 from coldforge.pipeline import arrow, resolve, run
 from coldforge.progress import Progress, Step
 from coldforge.recipe import Recipe, load_recipe
@@ -125,17 +128,25 @@ def bare() -> Callable[..., nn.Module]:
 
 @pytest.fixture(scope="session")
 def model(bare: Callable[..., nn.Module], splits: DataSplits) -> nn.Module:
-    """The network, trained."""
+    """The network, trained on pixels in [0, 1]: a live network takes these."""
     network = bare()
-    complete = normalized(network, splits.mean, splits.std)
     optimizer = torch.optim.SGD(network.parameters(), 0.02, momentum=0.9)
     for _ in range(15):
-        loss = nn.functional.cross_entropy(complete(splits.train.pixels()), splits.train.labels)
+        loss = nn.functional.cross_entropy(network(splits.train.pixels()), splits.train.labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return network
+
+
+@pytest.fixture
+def factory(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a function that builds a network like ``model``."""
+    module = types.ModuleType("a_users_module")
+    module.factory = lambda: copy.deepcopy(model)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "a_users_module", module)
+    return "a_users_module:factory"
 
 
 @pytest.fixture(scope="session")

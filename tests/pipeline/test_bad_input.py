@@ -61,6 +61,13 @@ def test_an_attack_that_is_not_known(start):
 # --- networks
 
 
+@pytest.mark.parametrize("what", ["reference", "control"])
+def test_a_trained_network_has_no_fresh_weights(what, start, tmp_path):
+    with pytest.raises(RecipeError, match=rf"{what}\.train: expected an architecture .*package\.module:factory"):
+        start({f"{what}.train": True})
+    assert Store(tmp_path / "store").entries() == []
+
+
 class Softmax(nn.Module):
     def __init__(self, network):
         super().__init__()
@@ -148,8 +155,19 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
+@pytest.fixture
+def start_from(start, factory):
+    """A function that starts from a checkpoint."""
+
+    def begin(file, **changes):
+        given = {"model.source": factory, "model.checkpoint": str(file), "model.mean": [0.0], "model.std": [1.0]}
+        start(given | changes, model=None)
+
+    return begin
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_a_truncated_checkpoint(suffix, start, bare, tmp_path):
+def test_a_truncated_checkpoint(suffix, start_from, bare, tmp_path):
     from safetensors.torch import save_file
 
     file = tmp_path / f"weights{suffix}"
@@ -157,19 +175,26 @@ def test_a_truncated_checkpoint(suffix, start, bare, tmp_path):
     save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
     file.write_bytes(file.read_bytes()[:-500])
     with pytest.raises(ModelError, match=rf"weights\{suffix}: the checkpoint is truncated or damaged .* again"):
-        start({"model.checkpoint": str(file)})
+        start_from(file)
 
 
-def test_a_checkpoint_that_would_execute_code(start, tmp_path):
+def test_a_checkpoint_that_would_execute_code(start_from, tmp_path):
     torch.save({"weight": Bomb(tmp_path / "executed")}, tmp_path / "weights.pt")
     with pytest.raises(ModelError, match=r"refused, because loading it could execute code.*save_file"):
-        start({"model.checkpoint": str(tmp_path / "weights.pt")})
+        start_from(tmp_path / "weights.pt")
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_checkpoint_that_is_not_there(start, tmp_path):
+def test_a_checkpoint_that_is_not_there(start_from, tmp_path):
     with pytest.raises(ModelError, match=r"expected a checkpoint at .*nothing\.pt, found nothing"):
-        start({"model.checkpoint": str(tmp_path / "nothing.pt")})
+        start_from(tmp_path / "nothing.pt")
+
+
+@pytest.mark.parametrize("missing", ["mean", "std"])
+def test_a_checkpoint_without_its_normalization(missing, start_from, tmp_path):
+    with pytest.raises(RecipeError, match=r"model\.mean and model\.std: expected the normalization .*checkpoint"):
+        start_from(tmp_path / "weights.pt", **{f"model.{missing}": []})
+    assert Store(tmp_path / "store").entries() == []
 
 
 def test_a_truncated_result(made, tmp_path):
@@ -215,10 +240,14 @@ def test_a_full_disk_at_the_very_end(made, start, tmp_path, monkeypatch):
     def refuse(path, *_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
+    (tmp_path / "out").mkdir()
+    stale = [tmp_path / "out" / name for name in ("record.json", "report.html")]
+    for file in stale:
+        file.write_text("of an earlier run")
     monkeypatch.setattr("coldforge.assemble.write_atomic", refuse)
     with pytest.raises(StoreError, match=r"cannot write the results into .*out: No space left on device"):
         start(store=made.store)
-    assert not (tmp_path / "out" / "record.json").exists()
+    assert not any(file.exists() for file in stale)  # they would stand beside another run's model
 
 
 # --- a store that was damaged

@@ -11,6 +11,7 @@ import torch
 
 from coldforge.compress import load_network
 from coldforge.data import load_data
+from coldforge.evaluate import BACKWARDS
 from coldforge.models import model_source
 from coldforge.pipeline import arrow, plan, resolve, run
 from coldforge.recipe import load_recipe
@@ -95,6 +96,10 @@ def test_threat_model_and_provenance(made, splits):
     assert origin["data"] == {
         "name": "patterns test", "fingerprint": splits.fingerprint, "train": 200, "validation": 40, "test": 60,
     }  # fmt: skip
+    assert set(origin["attacks"]) == {"fgsm", "pgd-5"}
+    pgd = origin["attacks"]["pgd-5"]
+    assert (pgd["steps"], pgd["restarts"], pgd["rel_step"], pgd["random_start"]) == (5, 1, 0.5, True)
+    assert pgd["gradients_of_quantized_networks"] == list(BACKWARDS)
     assert len(origin["stage_keys"]) == len(TINY_STAGES)
     found = {entry.key for entry in made.store.entries()}
     assert set(origin["stage_keys"].values()) == found
@@ -126,6 +131,7 @@ def test_accuracies_are_counts_of_the_attacked_images(made):
             assert stage.robust_accuracy["worst_case"] <= value
             assert stage.robust_ci95[name][0] <= value <= stage.robust_ci95[name][1]
         assert sum(row["n"] for row in stage.per_class.values()) == 60
+        assert sum(row["n_attacked"] for row in stage.per_class.values()) == 50
     assert made.record.stages[0].clean_accuracy > 0.9
 
 
@@ -136,7 +142,7 @@ def test_only_trained_rows_cost_training(made):
         assert len(stage.curve) == (1 if trained else 0)
     natural, adversarial = made.record.stages[2:4]
     assert natural.train_macs == 192 * 3 * natural.macs  # 6 of 6.25 batches
-    assert adversarial.train_macs == 192 * 5 * adversarial.macs
+    assert adversarial.train_macs == 192 * (3 + 2 * 2) * adversarial.macs  # pgd-2
     assert natural.curve[0].robust_accuracy == -1
     assert adversarial.curve[0].robust_accuracy >= 0
 
@@ -187,6 +193,14 @@ def test_a_checkpoint_in_a_variable_that_is_not_set_is_none(monkeypatch):
     assert resolve(wanted).model.checkpoint == ""
     monkeypatch.setenv("MY_MODELS", "/models")
     assert resolve(wanted).model.checkpoint == "/models/a.pt"
+
+
+def test_a_live_network_needs_no_checkpoint(made, recipe, forge_again, tmp_path, monkeypatch):
+    monkeypatch.delenv("MY_MODELS", raising=False)
+    for file in ("$MY_MODELS/a.pt", str(tmp_path / "nothing.pt")):
+        again = forge_again(recipe({"model.checkpoint": file}), made.store, tmp_path / "out")
+        assert again.spy.cached == TINY_STAGES
+        assert again.spy.notes == []
 
 
 def test_the_checkpoint_is_the_twin_of_the_file(made, model, splits):
@@ -335,18 +349,29 @@ def test_without_quantization_the_file_is_float(copied, recipe, forge_again, tmp
     assert artifact.notes == ()
 
 
-def test_natural_arm_control_and_reference(copied, recipe, forge_again, made, tmp_path):
+def test_the_natural_arm_is_the_one_of_both_arms(copied, recipe, forge_again, made, tmp_path):
+    other = forge_again(recipe({"finetune.arms": ["natural"], "deploy.arm": "natural"}), copied, tmp_path / "out")
+    assert without_clock(other.record)["stages"][2] == without_clock(made.record)["stages"][2]
+    assert not {"fine-tune: natural", "evaluate: tuned: natural"} & set(other.spy.built)
+
+
+def test_natural_arm_control_and_reference(recipe, forge_again, made, model, factory, tmp_path):
+    """From a checkpoint and the code that builds the network: a live network has no fresh weights."""
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
     changes = {
         "finetune.arms": ["natural"], "deploy.arm": "natural", "control.train": True, "reference.train": True,
+        "model.source": factory, "model.checkpoint": str(tmp_path / "weights.pt"),
+        "model.mean": [0.0], "model.std": [1.0],
     }  # fmt: skip
-    other = forge_again(recipe(changes), copied, tmp_path / "out")
+    other = forge_again(recipe(changes), Store(tmp_path / "store"), tmp_path / "out", model=None)
     assert [stage.name for stage in other.record.stages] == [
         *("baseline", "compressed", "tuned", "artifact", "control", "reference"),
     ]
     baseline, compressed, tuned, artifact, control, reference = other.record.stages
     assert "natural" in tuned.label
     assert tuned.size_bytes == artifact.size_bytes
-    assert without_clock(other.record)["stages"][2] == without_clock(made.record)["stages"][2]
+    live = made.record.stages[2]
+    assert (tuned.curve, tuned.robust_accuracy) == (live.curve, live.robust_accuracy)  # the same weights, loaded
     assert (control.params, control.macs) == (compressed.params, compressed.macs)
     assert (control.weight_bits, control.pruning_ratio) == (8, compressed.pruning_ratio)
     assert (reference.params, reference.macs) == (baseline.params, baseline.macs)
@@ -355,7 +380,6 @@ def test_natural_arm_control_and_reference(copied, recipe, forge_again, made, tm
     assert control.train_macs > 0
     assert control.curve[0].robust_accuracy >= 0
     assert math.isclose(reference.curve[-1].eps, 0.1)
-    assert not {"fine-tune: natural", "evaluate: tuned: natural"} & set(other.spy.built)
 
 
 # --- plan, without computing

@@ -1,10 +1,13 @@
 """What a stage's key depends on: all that changes its bits, and nothing else. Hardly anything is computed here."""
 
 import copy
+import sys
+import types
 from fnmatch import fnmatch
 
 import pytest
 import torch
+from torch import nn
 
 from coldforge import stages
 from coldforge.data import from_arrays
@@ -12,6 +15,7 @@ from coldforge.errors import RecipeError
 from coldforge.models import model_source
 from coldforge.pipeline import arrow
 from coldforge.recipe import load_recipe
+from coldforge.stages import networks
 
 ON_THE_FILE = ["evaluate: artifact", "agreement*", "adversarial examples", "latency*"]
 AFTER_TUNING = ["fine-tune*", "*tuned*", *ON_THE_FILE]
@@ -30,7 +34,7 @@ CHANGES = {
     'evaluate.attacks=["fgsm", "pgd-5-2"]': ["evaluate*"],
     'deploy.runtimes=["onnxruntime", "openvino"]': ["latency*"],
     "threat_model.eps=8/255": ["fine-tune: adversarial", "export*", "evaluate*", *ON_THE_FILE],
-    "threat_model.literal=true": ["fine-tune: adversarial", "export*", "evaluate*", *ON_THE_FILE],
+    "threat_model.literal=true": ["export*", "evaluate*", *AFTER_ROUNDING],
     "seed=4": ["evaluate*", *AFTER_TUNING],
     "model.mean=[0.4]": ["*"],
     "compute.threads=2": ["*"],
@@ -100,7 +104,8 @@ def test_data_decide(part, before, recipe, stages_of, splits):
 
 def test_the_content_of_a_checkpoint_decides_and_not_its_name(recipe, shop, tmp_path, monkeypatch):
     def key(text):
-        return stages.baseline(shop(recipe({"model.checkpoint": text}), network="zoo:cnn8")).key
+        changes = {"model.checkpoint": text, "model.mean": [0.5], "model.std": [0.5]}
+        return stages.baseline(shop(recipe(changes), network="zoo:cnn8")).key
 
     for name, content in (("a.pt", b"1"), ("b.pt", b"1"), ("c.pt", b"2")):
         (tmp_path / name).write_bytes(content)
@@ -109,22 +114,23 @@ def test_the_content_of_a_checkpoint_decides_and_not_its_name(recipe, shop, tmp_
     assert key(str(tmp_path / "a.pt")) != key(str(tmp_path / "c.pt"))
 
 
-def test_optional_rows_change_no_other(before, recipe, stages_of):
-    more = stages_of(recipe({"control.train": True, "reference.train": True}))
+def test_optional_rows_change_no_other(recipe, stages_of):
+    before = stages_of(recipe(), network="zoo:cnn8")
+    more = stages_of(recipe({"control.train": True, "reference.train": True}), network="zoo:cnn8")
     added = set(more) - set(before)
     assert added == {
         *("control: train the small network from scratch", "export: control", "evaluate: control"),
         *("reference: train adversarially", "export: reference", "evaluate: reference"),
     }
     assert all(more[label].key == stage.key for label, stage in before.items())
-    fewer = stages_of(recipe({"finetune.arms": ["adversarial"]}))
+    fewer = stages_of(recipe({"finetune.arms": ["adversarial"]}), network="zoo:cnn8")
     gone = {"fine-tune: natural", "export: tuned: natural", "evaluate: tuned: natural"}
     assert set(before) - set(fewer) == gone
     assert changed({label: before[label] for label in fewer}, fewer) == {"adversarial examples"}  # one row less
 
 
 def test_every_stage_is_made_once_and_after_what_it_reads(recipe, shop):
-    made = list(arrow(shop(recipe({"control.train": True, "reference.train": True}))))
+    made = list(arrow(shop(recipe({"control.train": True, "reference.train": True}), network="zoo:cnn8")))
     assert len({stage.key for stage in made}) == len(made)
     kinds = [stage.kind for stage in made]
     assert kinds[:3] == ["baseline", "prune", "quantize"]
@@ -139,6 +145,80 @@ def test_estimates_know_what_is_expensive(recipe, stages_of):
     longer = stages_of(recipe({"finetune.epochs": 4}), network="zoo:cnn8")
     assert longer["fine-tune: natural"].macs == 4 * plain["fine-tune: natural"].macs
     assert plain["prune 50% of channels"].macs == 0
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_what_a_factory_builds_decides(checkpoint, recipe, stages_of, factory, bare, tmp_path, monkeypatch):
+    changes = {"reference.train": True, "model.source": factory}
+    if checkpoint:
+        (tmp_path / "a.pt").write_bytes(b"1")
+        changes |= {"model.checkpoint": str(tmp_path / "a.pt"), "model.mean": [0.5], "model.std": [0.5]}
+    before = stages_of(recipe(changes), network=factory)
+    assert changed(before, stages_of(recipe(changes), network=factory)) == set()
+    edited = nn.Sequential(*bare()[:5], nn.Dropout(0.1), bare()[5])
+    monkeypatch.setattr(sys.modules["a_users_module"], "factory", lambda: edited)
+    assert changed(before, stages_of(recipe(changes), network=factory)) == set(before)
+
+
+def test_weights_from_a_checkpoint_need_no_seed(recipe, shop, bare, tmp_path, monkeypatch):
+    module = types.ModuleType("a_users_module")
+    module.factory = lambda: nn.Sequential(nn.Flatten(), nn.Linear(144, 3))  # other weights for each seed
+    monkeypatch.setitem(sys.modules, "a_users_module", module)
+    changes = {"model.checkpoint": str(tmp_path / "a.pt"), "model.mean": [0.5], "model.std": [0.5]}
+    keys = {
+        stages.baseline(shop(recipe(changes | {"seed": seed}), network="a_users_module:factory")).key for seed in (1, 2)
+    }
+    assert len(keys) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "mean", "std"),
+    [
+        ({}, (0.0,), (1.0,)),
+        ({"model.mean": [0.4]}, (0.4,), (1.0,)),
+        ({"model.mean": [0.4], "model.std": [0.3]}, (0.4,), (0.3,)),
+    ],
+)
+def test_a_live_network_takes_pixels(given, mean, std, recipe, shop, tmp_path):
+    """A live network wins over a checkpoint, which is not even looked for."""
+    here = shop(recipe(given | {"model.checkpoint": str(tmp_path / "nothing.pt")}))
+    baseline = stages.baseline(here)
+    assert baseline.key == stages.baseline(shop(recipe(given))).key
+    here.make(baseline)
+    network, structure = here.network(baseline)
+    assert (structure.mean, structure.std) == (mean, std)
+    images = here.data.test.pixels()
+    torch.testing.assert_close(network(images), here.source.build(0)((images - mean[0]) / std[0]))
+
+
+def test_a_literal_threat_widens_the_range_of_the_image(recipe, shop):
+    ends = []
+    for literal in (False, True):
+        here = shop(recipe({"threat_model.literal": literal}))
+        baseline = stages.baseline(here)
+        parent = stages.prune(here, baseline)
+        rounded = stages.quantize(here, parent)
+        for stage in (baseline, parent, rounded):
+            here.make(stage)
+        network, _ = here.network(rounded)
+        (image,) = [part for part in network.modules() if getattr(part, "reads_image", False)]
+        step, zero = float(image.step), int(image.zero)
+        ends.append((-zero * step, (image.qmax - zero) * step, step))
+    (low, high, step), (wide_low, wide_high, wide_step) = ends
+    assert (low, high) == pytest.approx((0, 1), abs=step)
+    assert (wide_low, wide_high) == pytest.approx((-0.1, 1.1), abs=wide_step)
+
+
+@pytest.mark.parametrize(
+    ("bits", "edge_bits", "expected"),
+    [(8, 8, (7, 7)), (4, 8, (4, 7)), (8, 4, (7, 4)), (4, 4, (4, 4)), (16, 8, (16, 8))],
+)
+def test_reduced_range_is_seven_bits_at_most(bits, edge_bits, expected, recipe, shop):
+    quantize = {"quantize.weight_bits": bits, "quantize.edge_bits": edge_bits, "deploy.reduce_range": True}
+    spec = networks._quantization(shop(recipe(quantize)))
+    assert (spec.weight_bits, spec.edge_bits) == expected
+    assert spec.activation_bits == 8
+    assert networks._quantization(shop(recipe(quantize | {"deploy.reduce_range": False}))).edge_bits == edge_bits
 
 
 @pytest.mark.parametrize("name", ["mean", "std"])

@@ -147,6 +147,8 @@ def _widen_image(graph: GraphProto) -> None:
         kernel = constants.get(weight.input[0])
         if kernel is None or kernel.dims[1] >= _GATHERED or kernel.data_type != TensorProto.INT8:
             return None
+        if constants[image.input[2]].data_type != TensorProto.UINT8:  # 16-bit codes have no integer kernels
+            return None
         missing = _GATHERED - kernel.dims[1]
         values = numpy_helper.to_array(kernel)
         wide = np.concatenate([values, np.zeros((len(values), missing, *values.shape[2:]), np.int8)], axis=1)

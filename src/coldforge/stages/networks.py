@@ -58,7 +58,7 @@ def reference(shop: Shop) -> Stage:
     return shop.declare(
         "reference",
         "reference: train adversarially",
-        [structure, spec, _threat_of(shop, spec), shop.recipe.seed],
+        [structure, spec, _threat_of(shop, spec), shop.recipe.seed, *_code(shop)],
         [],
         build,
         macs=_training_macs(shop, spec, shop.dense_macs()),
@@ -83,8 +83,7 @@ def prune(shop: Shop, network: Stage) -> Stage:
 def quantize(shop: Shop, network: Stage) -> Stage:
     """Round weights and activations; calibrated on training images, not yet trained."""
     spec = _quantization(shop)
-    threat = shop.recipe.threat_model
-    beyond = threat.eps if threat.literal else 0.0
+    beyond = _beyond_box(shop)
 
     def build(folder: Path, report: Report) -> None:
         small, structure = shop.network(network)
@@ -136,7 +135,8 @@ def control(shop: Shop, compressed: Stage) -> Stage:
         _training(shop, lambda: fresh, structure, spec, finish=round_it)(folder, report)
 
     def round_it(network: nn.Module) -> nn.Module:
-        return quantize_network(network, quantization, shop.data.train.pixels(slice(0, quantization.calibration_n)))
+        images = shop.data.train.pixels(slice(0, quantization.calibration_n))
+        return quantize_network(network, quantization, images, beyond_box=_beyond_box(shop))
 
     return shop.declare(
         "control",
@@ -183,8 +183,8 @@ def _training(
 def _dense_structure(shop: Shop) -> Structure:
     spec, shape = shop.recipe.model, shop.data.image_shape
     mean, std = spec.mean or shop.data.mean, spec.std or shop.data.std
-    if not shop.source.rebuildable and not (spec.mean or spec.std):
-        mean, std = (0.0,) * shape[0], (1.0,) * shape[0]  # a live network takes pixels, or normalizes them itself
+    if not shop.source.rebuildable:  # a live network takes pixels, or normalizes them itself
+        mean, std = spec.mean or (0.0,) * shape[0], spec.std or (1.0,) * shape[0]
     elif spec.checkpoint and not (spec.mean and spec.std):
         raise RecipeError(
             "model.mean and model.std: expected the normalization that the network in model.checkpoint was trained "
@@ -204,6 +204,12 @@ def _quantization(shop: Shop) -> QuantizeSpec:
     return spec
 
 
+def _beyond_box(shop: Shop) -> float:
+    """How far the pixels of adversarial images may leave [0, 1]."""
+    threat = shop.recipe.threat_model
+    return threat.eps if threat.literal else 0.0
+
+
 def _needs_fresh_weights(shop: Shop, what: str) -> None:
     if not shop.source.rebuildable:
         raise RecipeError(
@@ -214,7 +220,7 @@ def _needs_fresh_weights(shop: Shop, what: str) -> None:
 
 def _code(shop: Shop) -> list[str]:
     """What the key must know of an architecture whose code is not ours: what it builds."""
-    return [] if shop.source.name.startswith("zoo:") else [_network_digest(shop.source.build(shop.recipe.seed))]
+    return [] if shop.source.name.startswith("zoo:") else [_network_digest(shop.source.build(0))]
 
 
 def _threat_of(shop: Shop, spec: TrainSpec) -> object:
