@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from coldforge import assemble, stages
-from coldforge.attacks import parse_attack
+from coldforge.attacks import ThreatModel, parse_attack
 from coldforge.data import DataSplits, load_data
 from coldforge.models import check_classifier, model_source
 from coldforge.progress import Progress, Step
@@ -107,29 +107,28 @@ def plan(recipe: Recipe, *, store: Store | None = None) -> list[Step]:
 
 
 def resolve(recipe: Recipe) -> Recipe:
-    """Replace every "auto", 0 and environment variable that depends on the machine by what it means here; check the
-    names of attacks.
+    """Replace every "auto" and 0 that depends on the machine by what it means here; check the names of attacks.
 
     Raises:
         RecipeError: an attack is not known.
+        AttackError: its steps cannot cross the ball.
     """
     for name in (*recipe.evaluate.attacks, recipe.finetune.attack, recipe.reference.attack, recipe.model.train.attack):
-        parse_attack(name)
+        parse_attack(name).step_size(ThreatModel.of(recipe.threat_model))
     compute = recipe.compute
     threads = compute.threads or min(physical_cores(), 8)
     precision = compute.precision if compute.precision != "auto" else ("bf16" if has_bf16() else "fp32")
     return recipe.model_copy(
         update={
             "compute": compute.model_copy(update={"threads": threads, "precision": precision}),
-            "model": recipe.model.model_copy(update={"checkpoint": _expand(recipe.model.checkpoint)}),
+            "model": recipe.model.model_copy(update={"checkpoint": _given(recipe.model.checkpoint)}),
         }
     )
 
 
-def _expand(checkpoint: str) -> str:
-    """Environment variables filled in; a path that begins with one that is not set is no path."""
-    expanded = os.path.expandvars(checkpoint)
-    return "" if expanded.startswith("$") else expanded
+def _given(checkpoint: str) -> str:
+    """The path as written, or nothing where it begins with an environment variable that is not set."""
+    return "" if os.path.expandvars(checkpoint).startswith("$") else checkpoint
 
 
 @contextmanager
