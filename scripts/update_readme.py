@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Write the tables of README.md and docs/ from the records they name: `python scripts/update_readme.py [--check]`.
 
-A table stands between `<!-- KIND: PATH -->` and `<!-- end -->`. PATH is a JSON file, from the root of the repository;
-KIND is `table` (a record.json), `latency` (of benchmarks/latency.py) or `clipping` (of benchmarks/clipping_gradients.py).
+A table stands between `<!-- KIND: PATH -->` and `<!-- end -->`. PATH is a JSON file, from the root of the repository.
+KIND is `table` (a record.json), `latency` or `clipping` (by the benchmarks of that name).
 """
 
 from __future__ import annotations

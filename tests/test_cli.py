@@ -266,7 +266,7 @@ def test_a_reader_that_leaves_is_no_error():
 # --- report
 
 
-def test_report_draws_again_with_the_gallery(fake, capsys):
+def test_report_draws_again_with_the_gallery(monkeypatch, capsys):
     import numpy as np
     from safetensors.numpy import save_file
 
@@ -276,7 +276,7 @@ def test_report_draws_again_with_the_gallery(fake, capsys):
         seen.append((record, examples))
         return out / "report.html"
 
-    fake("coldforge.report.html", write_report=write_report)
+    monkeypatch.setattr("coldforge.report.folder.write_report", write_report)
     Path("o").mkdir()
     Path("o/record.json").write_text(RECORD.to_json())
     assert main(["report", "o"]) == 0

@@ -65,7 +65,7 @@ def test_the_python_block_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     images[torch.arange(300), 0, 2 * labels] += 150
     project.images, project.labels = images[:240], labels[:240]  # type: ignore[attr-defined]
     project.test_images, project.test_labels = images[240:], labels[240:]  # type: ignore[attr-defined]
-    project.model = nn.Sequential(  # type: ignore[attr-defined]
+    model = nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1),
         nn.ReLU(),
         nn.Conv2d(16, 16, 3, 2, 1),
@@ -73,6 +73,12 @@ def test_the_python_block_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         nn.Flatten(),
         nn.Linear(256, 3),
     )
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(40):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images[:240] / 255), labels[:240]).backward()
+        optimizer.step()
+    project.model = model  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "my_project", project)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLDFORGE_HOME", str(tmp_path / "home"))

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coldforge.errors import RecipeError
-from coldforge.recipe import Recipe, Spec, TrainSpec, load_recipe, preset_names, spec_hash, to_toml
+from coldforge.recipe import Recipe, TrainSpec, load_recipe, preset_names, to_toml
+from coldforge.spec import Spec, spec_hash
 
 
 def test_an_empty_recipe_is_valid():

@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from coldforge.progress import Progress, Step
-from coldforge.recipe import Spec
 from coldforge.report import text
+from coldforge.spec import Spec
 from coldforge.store import Entry
 
 if TYPE_CHECKING:

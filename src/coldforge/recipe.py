@@ -7,48 +7,18 @@ nearest valid one. Numbers may be written as fractions (``eps = "8/255"``).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
-from fractions import Fraction
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from coldforge.errors import RecipeError, nearest
-
-
-def _number(value: object) -> object:
-    """Accept ``"8/255"`` wherever a number is expected."""
-    if isinstance(value, str) and "/" in value:
-        try:
-            return float(Fraction(value.replace(" ", "")))
-        except (ValueError, ZeroDivisionError):
-            raise ValueError(f"expected a number or a fraction such as '8/255', got {value!r}") from None
-    return value
-
-
-Number = Annotated[float, BeforeValidator(_number)]
-
-
-class Spec(BaseModel):
-    """Base of all specs: frozen, keyword-only, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
-
-
-def spec_hash(*parts: object) -> str:
-    """SHA-256 (hex) of specs, mappings and plain values in canonical JSON."""
-
-    def plain(part: object) -> object:
-        return part.model_dump(mode="json") if isinstance(part, BaseModel) else part
-
-    text = json.dumps([plain(part) for part in parts], sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+from coldforge.spec import Number, Spec
 
 
 class ThreatModelSpec(Spec):

@@ -15,7 +15,7 @@ from typing import Any
 
 from coldforge._version import __version__
 from coldforge.errors import UsageError
-from coldforge.recipe import spec_hash
+from coldforge.spec import spec_hash
 
 MANIFEST = "manifest.json"
 

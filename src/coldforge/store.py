@@ -32,7 +32,6 @@ from pydantic import BaseModel
 from coldforge.errors import StoreError, UsageError
 from coldforge.lease import Lease, leased_names
 from coldforge.progress import Progress
-from coldforge.recipe import spec_hash
 from coldforge.sealed import (
     MANIFEST,
     find_problem,
@@ -43,6 +42,7 @@ from coldforge.sealed import (
     size_of,
     write_atomic,
 )
+from coldforge.spec import spec_hash
 
 __all__ = ["Entry", "Pruned", "Store", "default_root", "key", "write_atomic"]
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from coldforge.attacks.threat import ThreatModel
 from coldforge.errors import AttackError
-from coldforge.recipe import Spec, spec_hash
+from coldforge.spec import Spec, spec_hash
 
 TILE = 128
 """Images in one forward pass. Fixed, because kernels round differently for different shapes."""

@@ -18,7 +18,8 @@ from coldforge.compress.prune import PruningPlan, replay
 from coldforge.compress.quantize import insert_quantizers
 from coldforge.errors import ModelError
 from coldforge.models import ModelSource, model_source, normalized
-from coldforge.recipe import QuantizeSpec, Spec
+from coldforge.recipe import QuantizeSpec
+from coldforge.spec import Spec
 from coldforge.store import write_atomic
 
 WEIGHTS, STRUCTURE = "model.safetensors", "structure.json"

@@ -31,7 +31,8 @@ from coldforge.compress.dependency import (
 )
 from coldforge.errors import ModelError, nearest
 from coldforge.models.zoo import OptionAShortcut
-from coldforge.recipe import PruneSpec, Spec
+from coldforge.recipe import PruneSpec
+from coldforge.spec import Spec
 
 Importance = Callable[[nn.Module, str], Tensor]
 """Called with the dense network and the name of a layer; returns one score for each output channel, high to keep."""

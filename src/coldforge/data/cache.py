@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from coldforge.data.images import ImageSet
 from coldforge.errors import DataError
-from coldforge.recipe import spec_hash
+from coldforge.spec import spec_hash
 
 FORMAT = 1
 """Raise it when the decoding changes."""

@@ -203,13 +203,9 @@ def footnotes(record: Record) -> list[str]:
             f"({text.eps_255(threat.eps_255)}). {lines[0]}"
         )
         if not threat.box or "paper" in str(record.recipe.get("name", "")):
-            lines.append(
-                f"The code of arXiv 2403.09441 counts eps on inputs scaled to [-1, 1]: there this eps is called "
-                f"{text.eps(2 * threat.eps)}."
-            )
+            lines.append(text.paper_eps(threat.eps))
     if any(stage.latency_s for stage in record.stages):
-        base = record.stage("baseline")
-        eager = base is not None and any(_eager(row) for row in base.latency_s)
+        eager = (base := record.stage("baseline")) is not None and any(_eager(row) for row in base.latency_s)
         against = "the baseline in eager PyTorch" if eager else "the baseline in the same runtime"
         lines.append(
             "Latency: median of a whole batch, in ONNX Runtime unless named; "

@@ -173,6 +173,11 @@ def eps(value: float) -> str:
     return f"{value:.3g}"
 
 
+def paper_eps(value: float) -> str:
+    """What arXiv 2403.09441 calls this eps."""
+    return f"The code of arXiv 2403.09441 counts eps on inputs scaled to [-1, 1]: there this eps is {eps(2 * value)}."
+
+
 def eps_255(value: float) -> str:
     """The same in 8-bit steps.
 

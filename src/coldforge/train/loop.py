@@ -31,8 +31,9 @@ from coldforge.errors import CollapseError, TrainingError
 from coldforge.evaluate import BACKWARDS
 from coldforge.measure import count_macs
 from coldforge.models import channels_last
-from coldforge.recipe import TrainSpec, spec_hash
+from coldforge.recipe import TrainSpec
 from coldforge.records import CurvePoint
+from coldforge.spec import spec_hash
 from coldforge.train.checkpoint import TrainState, load_state, save_state
 from coldforge.train.guard import Collapse, NotFinite, Overfitting, monitor, refuse_collapse
 from coldforge.train.schedule import learning_rate, ramped_eps

@@ -1,0 +1,39 @@
+"""The base of all specs: configuration, cache key and label at once. :func:`spec_hash` is the same on every machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from fractions import Fraction
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+
+def _number(value: object) -> object:
+    """Accept ``"8/255"`` wherever a number is expected."""
+    if isinstance(value, str) and "/" in value:
+        try:
+            return float(Fraction(value.replace(" ", "")))
+        except (ValueError, ZeroDivisionError):
+            raise ValueError(f"expected a number or a fraction such as '8/255', got {value!r}") from None
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+
+
+class Spec(BaseModel):
+    """Base of all specs: frozen, keyword-only, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+def spec_hash(*parts: object) -> str:
+    """SHA-256 (hex) of specs, mappings and plain values in canonical JSON."""
+
+    def plain(part: object) -> object:
+        return part.model_dump(mode="json") if isinstance(part, BaseModel) else part
+
+    text = json.dumps([plain(part) for part in parts], sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
