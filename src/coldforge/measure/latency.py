@@ -36,15 +36,15 @@ def measure_latency(
     seconds: float = 1.0,
     min_repeats: int = 10,
     warmup: int = 3,
-    settle: float = 0.005,
-    turn: float = 0.02,
+    settle: float = 0.06,
+    turn: float = 0.1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time several calls in turn, A B C A B C ..., so that a slow moment of the machine slows all of them.
 
     A turn begins with untimed calls: the data comes back into the cache, and the worker threads of the runtime before,
-    which spin for some milliseconds after their work, go to sleep. Then the call is timed again and again, at least
-    once.
+    which spin for some tens of milliseconds after their work, go to sleep. Then the call is timed again and again, at
+    least once.
 
     Args:
         calls: name to a function without arguments that does one batch.
