@@ -5,8 +5,8 @@ drawn from generators keyed by (seed, epoch, step), and a checkpoint holds the r
 continues to the same bits. A network that collapses is started again at a lower rate, and the result says so.
 
 The inner attack on a quantized network takes its gradients through the clipping range in the two known ways in turn,
-step by step. With only one of them the network learns to saturate its activations until that attack is blind: accuracy
-under it looks well and the other kind breaks it, or training collapses (measured: docs/architecture.md).
+step by step. With BPDA alone the network learns to saturate its activations until that attack is blind: accuracy under
+it looks well and the other kind of gradients breaks it (measured: docs/architecture.md).
 """
 
 from __future__ import annotations
