@@ -19,8 +19,8 @@ BACKWARDS: tuple[Backward, ...] = ("pass_through", "clipped")
 """How attacks take gradients of a quantized network: every image that stands after the first is tried with the second.
 
 Neither is enough alone. Where activations are clipped, "clipped" (the plain straight-through estimator) sees a gradient
-of 0, and "pass_through" (BPDA) one that the forward pass does not have; a network trained under the latter alone keeps 61 %
-under it and 6 % under the other (docs/architecture.md).
+of 0, and "pass_through" (BPDA) one that the forward pass does not have; a network trained under the latter alone keeps
+61 % under it and 6 % under the other (docs/architecture.md).
 """
 
 
