@@ -15,7 +15,7 @@ from coldforge.cli import main
 from coldforge.errors import ColdforgeError, CollapseError, DataError, Interrupted, StoreError
 from coldforge.progress import Step
 from coldforge.recipe import load_recipe
-from coldforge.records import Record
+from coldforge.records import Record, load_record
 from coldforge.store import Store, key
 
 
@@ -98,7 +98,7 @@ def pipeline(fake):
         return out / "report.html"
 
     fake("coldforge.pipeline", run=run, plan=plan)
-    fake("coldforge.report.html", write_report=write_report)
+    fake("coldforge.report.folder", draw=lambda folder: write_report(load_record(folder), folder))
     return calls
 
 
