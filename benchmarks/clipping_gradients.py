@@ -30,7 +30,7 @@ THREAT_MODEL = ThreatModel("linf", 0.1)
 
 
 def attacked(network: nn.Module, data: DataSplits) -> dict[str, float]:
-    """Clean accuracy, and the share of test images that PGD-20 does not fool: by each kind of gradients, and by both."""
+    """Clean accuracy, and the share of test images that PGD-20 does not fool by each kind of gradients, and by both."""
     images, labels = data.test.pixels(), data.test.labels
     row, standing = {}, torch.ones(len(labels), dtype=torch.bool)
     for backward in BACKWARDS:
