@@ -1,111 +1,30 @@
 """What every attack shares: the queue, the tile, the ledger, and the promises to the caller.
 
 An attack is a frozen spec and a callable. A subclass writes one hook, :meth:`Attack.advance`; the final ``__call__``
-keeps the promises: points stay inside the ball and the box, every iterate counts, the network, its gradients and the
-global random state are untouched, and an image's verdict depends neither on the batch it came in nor on its
+keeps the promises: only points inside the ball and the box count, every iterate counts, the network, its gradients and
+the global random state are untouched, and an image's verdict depends neither on the batch it came in nor on its
 neighbours. For the last one, networks are always queried with a tile of the same size: an image that is done leaves
-its slot at once and the next image of the queue takes it.
+its slot at once and the next one of the queue takes it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal, final
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self, final
 
 import torch
-from torch import Tensor, nn
+from pydantic import model_validator
+from torch import Tensor
 
+from coldforge.attacks.query import TILE, Classifier, Judge, check_images, loss_direction, margins, query, untouched
+from coldforge.attacks.randomness import image_key
 from coldforge.attacks.threat import ThreatModel
-from coldforge.errors import AttackError
-from coldforge.spec import Spec, spec_hash
+from coldforge.spec import Spec
 
-TILE = 128
-"""Images in one forward pass. Fixed, because kernels round differently for different shapes."""
-
-Classifier = Callable[[Tensor], Tensor]
-"""Images ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)``, differentiable."""
-
-Judge = Callable[[Tensor], Tensor]
-"""Images to labels ``(N,)``: a deployed file, asked whether it is fooled too."""
-
-
-@contextmanager
-def untouched(model: Classifier) -> Iterator[None]:
-    """Inside, a network is in evaluation mode and its parameters need no gradient; after, every flag is as before."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
-    training = [module.training for module in modules]
-    needed = [parameter.requires_grad for parameter in parameters]
-    try:
-        for module in modules:
-            module.training = False
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, flag in zip(modules, training, strict=True):
-            module.training = flag
-        for parameter, flag in zip(parameters, needed, strict=True):
-            parameter.requires_grad_(flag)
-
-
-def check_images(images: Tensor, labels: Tensor) -> None:
-    """Raise an :class:`AttackError` unless these are images in [0, 1] with one label each."""
-    if images.ndim != 4 or images.dtype != torch.float32:
-        raise AttackError(f"expected float32 images (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
-    if labels.shape != (len(images),) or labels.dtype != torch.int64:
-        raise AttackError(f"expected {len(images)} int64 labels, got {labels.dtype} {tuple(labels.shape)}")
-    if len(images) and not (float(images.min()) >= 0 and float(images.max()) <= 1):
-        raise AttackError(
-            f"expected images inside [0, 1], found {float(images.min()):g} … {float(images.max()):g}; "
-            "attacks work in pixel space: make the normalization a layer of the model"
-        )
-
-
-def predict(model: Classifier, images: Tensor) -> Tensor:
-    """Logits ``(N, K)`` of ``images``, computed tile by tile in float32 without gradients."""
-    outputs = []
-    with untouched(model), torch.no_grad():
-        for part in images.split(TILE):
-            missing = TILE - len(part)
-            tile = torch.cat([part, part[-1:].expand(missing, -1, -1, -1)]) if missing else part
-            outputs.append(model(tile)[: len(part)].float())
-    return torch.cat(outputs) if outputs else torch.empty(0, 0)
-
-
-def margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logit of the true class minus the largest other, ``(N,)``; negative where misclassified."""
-    true = logits.gather(1, labels[:, None])[:, 0]
-    others = logits.scatter(1, labels[:, None], -torch.inf)
-    return true - others.amax(1)
-
-
-def loss_direction(logits: Tensor, labels: Tensor, loss: Literal["ce", "margin"]) -> Tensor:
-    """Gradient of each image's loss by its logits, scaled so that its largest entry is 1; ``(N, K)``.
-
-    Steps use only the direction of the input gradient, so each image's loss may be scaled at will. The gradient of
-    cross-entropy is the softmax minus the one-hot label; divided by one minus the probability of the true class it is
-    the softmax of the *other* classes, and -1 at the true one. In this form it cannot underflow, whereas the usual one
-    is 4e-18 at a logit gap of 40 and exactly 0 at one of 120: a common cause of overrated robustness.
-    """
-    others = logits.scatter(1, labels[:, None], -torch.inf)
-    if loss == "ce":
-        direction = torch.softmax(others.float(), 1)
-    else:
-        direction = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, others.argmax(1, keepdim=True), 1.0)
-    return direction.scatter_(1, labels[:, None], -1.0).to(logits.dtype)
-
-
-def query(model: Classifier, points: Tensor, labels: Tensor, loss: Literal["ce", "margin"]) -> tuple[Tensor, Tensor]:
-    """Logits ``(N, K)`` and the direction of the loss gradient ``(N, C, H, W)`` at ``points``; one forward pass."""
-    with torch.enable_grad():
-        inputs = points.detach().requires_grad_()
-        logits = model(inputs)
-        (gradient,) = torch.autograd.grad(logits, inputs, loss_direction(logits.detach(), labels, loss))
-    return logits.detach().float(), gradient
+_PROGRESS_PASSES = 8
 
 
 @dataclass
@@ -116,8 +35,13 @@ class Slots:
     labels: Tensor  # (T,)
     points: Tensor  # (T, C, H, W), where the network was just queried
     logits: Tensor  # (T, K) at points
-    gradient: Tensor  # (T, C, H, W) at points
+    gradient: Tensor  # (T, C, H, W) at points; empty for attacks that use none
     step: Tensor  # (T,), steps already taken from the start
+    run: Tensor  # (T,), which restart or target class
+    target: Tensor  # (T,), the class that a targeted attack wants; -1 without
+    key: Tensor  # (T,) int64, names the image's random numbers
+    refused: Tensor  # (T,) bool: misclassified at points, but the judge is right there
+    memory: dict[str, Tensor] = field(default_factory=dict)  # what the attack remembers of each image, (T, ...)
 
 
 @dataclass(frozen=True)
@@ -125,25 +49,41 @@ class AttackResult:
     """One attack on N images."""
 
     fooled: Tensor  # (N,) bool: misclassified at some iterate (by the judge too, if there is one)
-    adversarial: Tensor  # (N, C, H, W): where it was fooled, else the last iterate
+    adversarial: Tensor  # (N, C, H, W): where it was fooled, else the last iterate (inside ball and box)
     last: Tensor  # (N, C, H, W): the last iterate, if it was asked for; else empty
     step: Tensor  # (N,) int64: step of the first success, -1 without
-    restart: Tensor  # (N,) int64: restart of the first success, -1 without
+    restart: Tensor  # (N,) int64: restart (or target, from 0) of the first success, -1 without
     queries: Tensor  # (N,) int64: forward passes spent
     margin: Tensor  # (N,) float32: smallest margin seen
+    finished: Tensor  # (N,) bool: fooled, or attacked to the end; False where it was stopped before
+    disputed: Tensor  # (N,) bool: the network was wrong somewhere where the judge was right
+    part: Tensor  # (N,) int64: for an ensemble, which of its attacks came first, -1 without
 
 
 class Attack(Spec, ABC):
     """An attack with its settings. Call it; see :meth:`__call__`."""
 
+    version: ClassVar[int] = 1
+    """Raised when an attack of the same settings gives other results."""
+    uses_gradients: ClassVar[bool] = True
+    """False: only logits are asked for, so a deployed file can be attacked."""
+    needs_float32: ClassVar[bool] = False
+    """True: values of logits and gradients count, not only their order and signs, so bfloat16 weakens the search."""
+    projects: ClassVar[bool] = True
+    """False: points may leave the ball while searching; only those inside it count."""
+
     steps: int
-    """Gradient steps of one restart."""
+    """Steps of one run."""
     restarts: int = 1
-    """Independent starts; an image counts as fooled if one succeeds."""
+    """Independent runs; an image counts as fooled if one succeeds."""
     random_start: bool = True
     """Start at a random point of the ball instead of the image."""
-    loss: Literal["ce", "margin"] = "ce"
-    """What the steps increase: cross-entropy, or the largest other logit minus the true one."""
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> Self:
+        if self.steps < 1 or self.restarts < 1:
+            raise ValueError(f"expected at least 1 step and 1 restart, got {self.steps} and {self.restarts}")
+        return self
 
     @property
     @abstractmethod
@@ -152,15 +92,37 @@ class Attack(Spec, ABC):
 
     @abstractmethod
     def advance(self, slots: Slots, threat_model: ThreatModel) -> Tensor:
-        """The next points ``(T, C, H, W)`` to query; ``__call__`` projects them."""
+        """The next points ``(T, C, H, W)`` to query. May keep things in ``slots.memory``, to be reset at step 0."""
 
-    def _start(self, clean: Tensor, image: int, restart: int, seed: int, threat_model: ThreatModel) -> Tensor:
-        """First point for one image, from a generator of its own."""
+    def check(self, threat_model: ThreatModel) -> None:
+        """Refuse a threat model for which the attack is not defined, with an AttackError."""
+
+    def direction(self, logits: Tensor, slots: Slots) -> Tensor:
+        """Gradient of the loss by the logits ``(T, K)``; each row may be scaled at will."""
+        return loss_direction(logits, slots.labels, "ce")
+
+    def runs(self, classes: int) -> int:
+        """How many runs are made on an image that stands."""
+        return self.restarts
+
+    def targets(self, model: Classifier, images: Tensor, labels: Tensor) -> Tensor | None:
+        """The class wanted in each run ``(N, runs)``; None: any wrong one."""
+        return None
+
+    def start(self, slots: Slots, rows: list[int], threat_model: ThreatModel) -> Tensor:
+        """First points of the images in slots ``rows``."""
+        clean = slots.clean[rows]
         if not self.random_start:
             return clean
-        key = spec_hash(seed, self.name, image, restart)
-        generator = torch.Generator().manual_seed(int(key[:15], 16))
-        return threat_model.random_start(clean[None], generator)[0]
+        starts = [
+            threat_model.random_start(image[None], torch.Generator().manual_seed(key))
+            for image, key in zip(clean, slots.key[rows].tolist(), strict=True)
+        ]
+        return torch.cat(starts)
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that defines the attack, for the record."""
+        return {"attack": type(self).__name__, "version": self.version, **self.model_dump(mode="json")}
 
     @final
     def __call__(
@@ -175,93 +137,169 @@ class Attack(Spec, ABC):
         judge: Judge | None = None,
         keep_last: bool = False,
         on_progress: Callable[[float], None] | None = None,
+        on_done: Callable[[AttackResult, list[int]], None] | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> AttackResult:
         """Attack every image.
 
         Args:
-            model: the classifier; a module is attacked in evaluation mode and left as it was.
+            model: the classifier; a module is attacked in evaluation mode and left as it was. For an attack without
+                gradients any callable will do, such as the ``logits`` of a deployed file's session.
             images: ``(N, C, H, W)`` float32 in [0, 1].
             labels: true labels ``(N,)``, int64.
             threat_model: ball and box.
-            seed: seed of the random starts.
-            indices: what the images are called, ``(N,)``; an image draws the same start wherever it stands. Default:
+            seed: seed of the random draws.
+            indices: what the images are called, ``(N,)``; an image draws the same numbers wherever it stands. Default:
                 their position.
-            judge: labels of a deployed file. With it, an image is fooled only when the judge is wrong, and the search
+            judge: who has the last word. With it, an image is fooled only when the judge is wrong, and the search
                 goes on until then. The judge is asked where the model is wrong, and about the very last point.
             keep_last: also run every image to its last iterate and return that.
             on_progress: called with the finished fraction.
+            on_done: called with the result, as far as it is filled in, and the positions of images just finished.
+            stop: asked before every pass; True leaves the images that are not finished as they are.
 
         Returns:
             The verdict for each image. Every adversarial image was checked: finite, inside ball and box.
 
         Raises:
-            AttackError: images outside [0, 1], or a result that violates the threat model.
+            AttackError: images outside [0, 1], or a threat model for which the attack is not defined.
         """
         check_images(images, labels)
+        self.check(threat_model)
         count = len(images)
         names = torch.arange(count) if indices is None else indices
-        fooled = torch.zeros(count, dtype=torch.bool)
-        adversarial = images.clone()
-        last = torch.empty_like(images) if keep_last else torch.empty(0)
-        first_step, first_restart = torch.full((count,), -1), torch.full((count,), -1)
-        queries, margin = torch.zeros(count, dtype=torch.int64), torch.full((count,), torch.inf)
-
-        waiting = iter(range(count))
-        image = torch.full((TILE,), -1)  # which image is in each slot; -1: none
-        step, restart = torch.zeros(TILE, dtype=torch.int64), torch.zeros(TILE, dtype=torch.int64)
-        clean, points = torch.zeros(TILE, *images.shape[1:]), torch.zeros(TILE, *images.shape[1:])
-        truth = torch.zeros(TILE, dtype=torch.int64)
-
-        def fill(slot: int, which: int, again: int) -> None:
-            image[slot], step[slot], restart[slot] = which, 0, again
-            clean[slot], truth[slot] = images[which], labels[which]
-            points[slot] = self._start(images[which], int(names[which]), again, seed, threat_model)
-
-        done = 0
+        result = _empty(images, keep_last)
+        if count == 0:
+            return result
         with untouched(model):
-            for slot, which in zip(range(TILE), waiting, strict=False):
-                fill(slot, which, 0)
-            while bool((image >= 0).any()):
-                logits, gradient = query(model, points, truth, self.loss)
+            targets = self.targets(model, images, labels)
+            runs = self.runs(0) if targets is None else targets.shape[1]
+            waiting = deque((image, 0) for image in range(count))
+            image = torch.full((TILE,), -1)  # which image is in each slot; -1: none
+            slots = _empty_slots(images)
+            passes, shown = 0, 0.0
+            ran = torch.zeros(count)  # runs that ended without success
+            while True:
+                free = (image < 0).nonzero()[:, 0].tolist()[: len(waiting)]
+                if free:
+                    for row in free:
+                        which, run = waiting.popleft()
+                        image[row], slots.step[row], slots.run[row] = which, 0, run
+                        slots.key[row] = image_key(seed, self.name, int(names[which]), run)
+                    at = image[free]
+                    slots.clean[free], slots.labels[free] = images[at], labels[at]
+                    if targets is not None:
+                        slots.target[free] = targets[at, slots.run[free]]
+                    slots.points[free] = self.start(slots, free, threat_model)
                 busy = image >= 0
-                at = image[busy]
-                queries[at] += 1
-                margin[at] = torch.minimum(margin[at], margins(logits, truth)[busy])
-                restart_over = busy & (step == self.steps)
-                very_last = restart_over & (restart == self.restarts - 1)
-                wrong = busy & (logits.argmax(1) != truth)
-                if judge is not None:
-                    asked = ((wrong | very_last) & ~fooled[image]).nonzero()[:, 0]
-                    wrong = torch.zeros_like(wrong)
-                    if len(asked):
-                        wrong[asked] = judge(points[asked]) != truth[asked]
-                for slot in (wrong & ~fooled[image]).nonzero()[:, 0].tolist():
-                    which = int(image[slot])
-                    fooled[which] = True
-                    adversarial[which] = points[slot]
-                    first_step[which], first_restart[which] = step[slot], restart[slot]
-                finished = very_last if keep_last else very_last | (busy & fooled[image])
-                for slot in finished.nonzero()[:, 0].tolist():
-                    which = int(image[slot])
-                    if keep_last:
-                        last[which] = points[slot]
-                    if not fooled[which]:
-                        adversarial[which] = points[slot]
+                if not bool(busy.any()) or (stop is not None and stop()):
+                    break
+                direction = (lambda logits: self.direction(logits, slots)) if self.uses_gradients else None
+                slots.logits, gradient = query(model, slots.points, direction)
+                slots.gradient = slots.gradient if gradient is None else gradient
+                ended = busy & (slots.step >= self.steps)
+                done = self._judge(slots, image, ended, runs, threat_model, result, judge, keep_last)
+                ran[image[ended & ~done]] += 1
+                for row in (ended & ~done).nonzero()[:, 0].tolist():
+                    waiting.append((int(image[row]), int(slots.run[row]) + 1))
+                finished = image[done].tolist()
+                if finished and on_done is not None:
+                    on_done(result, finished)
+                image[done | ended] = -1
+                moved = self.advance(slots, threat_model)
+                slots.points = threat_model.project(moved, slots.clean) if self.projects else moved
+                slots.step += 1
+                passes += 1
+                if on_progress is not None and passes % _PROGRESS_PASSES == 0:
+                    shown = max(shown, self._progress(result, image, slots, ran, runs))
+                    on_progress(shown)
+        if on_progress is not None and bool(result.finished.all()):
+            on_progress(1.0)
+        return result
 
-                moved = self.advance(Slots(clean, truth, points, logits, gradient, step), threat_model)
-                points = threat_model.project(moved, clean)
-                step += 1
-                for slot in (restart_over & ~finished).nonzero()[:, 0].tolist():
-                    fill(slot, int(image[slot]), int(restart[slot]) + 1)
-                for slot in finished.nonzero()[:, 0].tolist():
-                    image[slot] = -1
-                    done += 1
-                    following = next(waiting, None)
-                    if following is not None:
-                        fill(slot, following, 0)
-                if on_progress is not None:
-                    on_progress(done / count)
-        threat_model.verify(adversarial, images)
+    def _judge(
+        self,
+        slots: Slots,
+        image: Tensor,
+        ended: Tensor,
+        runs: int,
+        threat_model: ThreatModel,
+        result: AttackResult,
+        judge: Judge | None,
+        keep_last: bool,
+    ) -> Tensor:
+        """Enter what this pass has shown into ``result``; which slots hold images that are done, ``(T,)``."""
+        busy = image >= 0
+        rows = busy.nonzero()[:, 0]
+        at = image[rows]
+        result.queries[at] += 1
+        result.margin[at] = torch.minimum(result.margin[at], margins(slots.logits[rows], slots.labels[rows]))
+        very_last = ended & (slots.run == runs - 1)
+        wrong = busy & (slots.logits.argmax(1) != slots.labels)
+        slots.refused = torch.zeros_like(wrong)
+        asked = (wrong if judge is None else wrong | very_last).nonzero()[:, 0]
+        asked = asked[~result.fooled[image[asked]]]
+        if len(asked):
+            asked = asked[threat_model.contains(slots.points[asked], slots.clean[asked])]
+        if len(asked) and judge is not None:
+            deceived = judge(slots.points[asked]) != slots.labels[asked]
+            disputes = asked[~deceived & wrong[asked]]
+            slots.refused[disputes] = True
+            result.disputed[image[disputes]] = True
+            asked = asked[deceived]
+        if len(asked):
+            which = image[asked]
+            result.fooled[which] = True
+            result.adversarial[which] = slots.points[asked]
+            result.step[which], result.restart[which] = slots.step[asked], slots.run[asked]
+            result.part[which] = 0
+        done = very_last if keep_last else very_last | (busy & result.fooled[image])
+        result.finished[image[done]] = True
+        over = done.nonzero()[:, 0]
         if keep_last:
-            threat_model.verify(last, images)
-        return AttackResult(fooled, adversarial, last, first_step, first_restart, queries, margin)
+            result.last[image[over]] = slots.points[over]
+        standing = over[~result.fooled[image[over]]]
+        if len(standing):
+            points = threat_model.project(slots.points[standing], slots.clean[standing])
+            result.adversarial[image[standing]] = points
+        return done
+
+    def _progress(self, result: AttackResult, image: Tensor, slots: Slots, ran: Tensor, runs: int) -> float:
+        """Roughly, the finished part of the work."""
+        parts = ran + torch.zeros_like(ran).index_add(0, image[image >= 0], slots.step[image >= 0] / (self.steps + 1))
+        return float(torch.where(result.finished, 1.0, (parts / runs).clamp_max(1.0)).mean())
+
+
+def _empty(images: Tensor, keep_last: bool) -> AttackResult:
+    count = len(images)
+    return AttackResult(
+        fooled=torch.zeros(count, dtype=torch.bool),
+        adversarial=images.clone(),
+        last=images.clone() if keep_last else torch.empty(0),
+        step=torch.full((count,), -1),
+        restart=torch.full((count,), -1),
+        queries=torch.zeros(count, dtype=torch.int64),
+        margin=torch.full((count,), torch.inf),
+        finished=torch.zeros(count, dtype=torch.bool),
+        disputed=torch.zeros(count, dtype=torch.bool),
+        part=torch.full((count,), -1),
+    )
+
+
+def _empty_slots(images: Tensor) -> Slots:
+    def numbers(value: int) -> Tensor:
+        return torch.full((TILE,), value, dtype=torch.int64)
+
+    blank = torch.zeros(TILE, *images.shape[1:])
+    return Slots(
+        clean=blank.clone(),
+        labels=numbers(0),
+        points=blank.clone(),
+        logits=torch.empty(0),
+        gradient=torch.empty(0),
+        step=numbers(0),
+        run=numbers(0),
+        target=numbers(-1),
+        key=numbers(0),
+        refused=torch.zeros(TILE, dtype=torch.bool),
+    )

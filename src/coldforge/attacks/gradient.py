@@ -3,19 +3,20 @@
 Goodfellow et al., *Explaining and harnessing adversarial examples*, ICLR 2015; Madry et al., *Towards deep learning
 models resistant to adversarial attacks*, ICLR 2018. Where we differ from common code: every iterate is judged, the last
 one included; restarts keep "ever misclassified", never "highest loss"; the gradient does not underflow
-(:func:`coldforge.attacks.base.loss_direction`).
+(:func:`coldforge.attacks.query.loss_direction`).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from coldforge.attacks.base import Attack, Classifier, Slots, query, untouched
+from coldforge.attacks.base import Attack, Slots
+from coldforge.attacks.query import Classifier, loss_direction, query, untouched
 from coldforge.attacks.threat import ThreatModel
 from coldforge.errors import AttackError
 
@@ -31,6 +32,8 @@ class PGD(Attack):
     """Step size in units of eps."""
     abs_step: float = 0.0
     """Step size in pixel units, where it does not follow eps."""
+    loss: Literal["ce", "margin"] = "ce"
+    """What the steps increase: cross-entropy, or the largest other logit minus the true one."""
     label: str
     """Name in the record."""
 
@@ -41,8 +44,6 @@ class PGD(Attack):
 
     @model_validator(mode="after")
     def _crosses_the_ball(self) -> Self:
-        if self.steps < 1 or self.restarts < 1:
-            raise ValueError(f"{self.label}: expected at least 1 step and 1 restart, got {self.steps}, {self.restarts}")
         if bool(self.rel_step) == bool(self.abs_step):
             raise ValueError(f"{self.label}: expected a step size, either relative or absolute")
         if self.rel_step and self.steps > 1 and self.steps * self.rel_step < 2:
@@ -67,6 +68,14 @@ class PGD(Attack):
                 f"take at least {math.ceil(2 * threat_model.eps / self.abs_step)}"
             )
         return self.abs_step or self.rel_step * threat_model.eps
+
+    def check(self, threat_model: ThreatModel) -> None:
+        """Refuse steps that cannot cross the ball."""
+        self.step_size(threat_model)
+
+    def direction(self, logits: Tensor, slots: Slots) -> Tensor:
+        """Gradient of the loss by the logits, up to scale."""
+        return loss_direction(logits, slots.labels, self.loss)
 
     def advance(self, slots: Slots, threat_model: ThreatModel) -> Tensor:
         """One step of steepest ascent."""
@@ -97,7 +106,8 @@ def perturb(
     points = threat_model.random_start(images, generator) if attack.random_start else images
     with untouched(model):
         for _ in range(attack.steps):
-            _, gradient = query(model, points, labels, attack.loss)
+            _, gradient = query(model, points, lambda logits: loss_direction(logits, labels, attack.loss))
+            assert gradient is not None
             step = threat_model.step(gradient, attack.step_size(threat_model))
             points = threat_model.project(points + step, images)
     return points.detach()

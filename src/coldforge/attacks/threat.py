@@ -50,8 +50,10 @@ class ThreatModel:
             points = clean + delta * (self.eps / norms).clamp_max(1.0)
         return points.clamp(0.0, 1.0) if self.box else points
 
-    def step(self, gradient: Tensor, length: float) -> Tensor:
-        """Steepest ascent of ``length`` (pixel units) in this norm: a sign for linf, a unit vector for l2."""
+    def step(self, gradient: Tensor, length: float | Tensor) -> Tensor:
+        """Steepest ascent of ``length`` (pixel units; one number, or one for each image as ``(N, 1, 1, 1)``) in this
+        norm: a sign for linf, a unit vector for l2.
+        """
         if self.norm == "linf":
             return gradient.sign() * length
         norms = self.size(gradient).clamp_min(1e-30).view(-1, *[1] * (gradient.ndim - 1))
@@ -67,6 +69,18 @@ class ThreatModel:
             radius = torch.rand(len(clean), generator=generator) ** (1.0 / noise[0].numel())
             noise = noise / noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1) * (self.eps * radius).view(-1, 1, 1, 1)
         return self.project(clean + noise.to(clean.device), clean)
+
+    def contains(self, points: Tensor, clean: Tensor) -> Tensor:
+        """Which points are finite and inside ball and box, up to :data:`TOLERANCE` of the ball; ``(N,)`` bool.
+
+        Computed in float64, apart from the code that made the points.
+        """
+        inside = self.size(points.double() - clean.double()) <= self.eps + TOLERANCE
+        flat = points.flatten(1)
+        inside &= flat.isfinite().all(1)
+        if self.box:
+            inside &= (flat >= 0).all(1) & (flat <= 1).all(1)
+        return inside
 
     def verify(self, points: Tensor, clean: Tensor) -> None:
         """Check finished adversarial images.

@@ -18,7 +18,9 @@ from torch.nn import functional as F
 
 from coldforge.errors import ModelError
 
-Backward = Literal["pass_through", "clipped"]
+Backward = Literal["pass_through", "clipped", "unrounded"]
+"""How attacks see the rounding: gradients pass everywhere, or only inside the range; or as if it were not there (the
+float twin: the same weights, nothing rounded or clipped), which is another network, for transfer."""
 
 _SMALLEST_STEP = 1e-8
 
@@ -141,7 +143,7 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, ...)`` to the same shape."""
-        if self.observing:
+        if self.observing or self.backward_mode == "unrounded":
             return x
         features = max(x.numel() // max(len(x), 1), 1)
         return fake_quantize(
@@ -246,7 +248,9 @@ def attacking(model: nn.Module, backward: Backward = "pass_through") -> Iterator
     try:
         with torch.no_grad():
             for layer in layers:
-                layer._cached = (layer.quantized_weight(), layer.quantized_bias())
+                unrounded = (layer.weight.detach(), layer.bias.detach())
+                rounded = (layer.quantized_weight(), layer.quantized_bias())
+                layer._cached = unrounded if backward == "unrounded" else rounded
         for quantizer in quantizers:
             quantizer.backward_mode = backward
         yield

@@ -1,6 +1,26 @@
 """Evaluation: accuracy, robustness, and what can be said about both."""
 
-from coldforge.evaluate.robustness import BACKWARDS, Ledger, Robustness, evaluate, summarize
-from coldforge.evaluate.statistics import wilson_interval
+from coldforge.evaluate.ledger import WORST_CASE, Ledger, Robustness, summarize
+from coldforge.evaluate.masking import masking_panel
+from coldforge.evaluate.robustness import evaluate, find_adversarial
+from coldforge.evaluate.statistics import mcnemar, paired_interval, wilson_interval
+from coldforge.evaluate.target import BACKWARDS, TRANSFER, Deployed, Precision, Target, fast_copy
 
-__all__ = ["BACKWARDS", "Ledger", "Robustness", "evaluate", "summarize", "wilson_interval"]
+__all__ = [
+    "BACKWARDS",
+    "TRANSFER",
+    "WORST_CASE",
+    "Deployed",
+    "Ledger",
+    "Precision",
+    "Robustness",
+    "Target",
+    "evaluate",
+    "fast_copy",
+    "find_adversarial",
+    "masking_panel",
+    "mcnemar",
+    "paired_interval",
+    "summarize",
+    "wilson_interval",
+]

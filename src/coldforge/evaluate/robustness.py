@@ -2,190 +2,193 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from coldforge.attacks import Attack, AttackResult, Judge, ThreatModel, predict
-from coldforge.compress import ActivationQuantizer, Backward, attacking
+from coldforge.attacks import Attack, AttackResult, Ensemble, ThreatModel, as_parts
+from coldforge.attacks.ensemble import merge
 from coldforge.data import ImageSet
 from coldforge.errors import AttackError
-from coldforge.evaluate.statistics import wilson_interval
+from coldforge.evaluate.ledger import Journal, Ledger, Row
+from coldforge.evaluate.target import TRANSFER, Precision, Target, Way, Ways
+from coldforge.spec import spec_hash
 
-BACKWARDS: tuple[Backward, ...] = ("pass_through", "clipped")
-"""How attacks take gradients of a quantized network: every image that stands after the first is tried with the second.
+_ALIKE_IMAGES = 128
+_FLUSH_SECONDS = 1.0
 
-Neither is enough alone. Where activations are clipped, "clipped" (the plain straight-through estimator) sees a gradient
-of 0, and "pass_through" (BPDA) one that the forward pass does not have; a network trained under the latter alone keeps
-61 % under it and 6 % under the other (docs/architecture.md).
-"""
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """What happened to each of n test images.
-
-    ``right`` are the clean verdicts; each attack adds which images it fooled, at which step and restart of it, after
-    how many queries, and the smallest margin it saw. Images that were wrong when clean were not attacked (step -1,
-    no queries) and count as fooled.
-    """
-
-    labels: Tensor  # (n,) int64
-    answers: Tensor  # (n,) int64, on the clean image
-    fooled: dict[str, Tensor] = field(default_factory=dict)  # attack -> (m,) bool, m <= n: the attacked front part
-    step: dict[str, Tensor] = field(default_factory=dict)
-    restart: dict[str, Tensor] = field(default_factory=dict)
-    queries: dict[str, Tensor] = field(default_factory=dict)
-    margin: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def right(self) -> Tensor:
-        """(n,) bool: right when clean."""
-        return self.answers == self.labels
-
-    def survived(self, attack: str) -> Tensor:
-        """(m,) bool: right when clean and under that attack; ``"worst_case"``: under every attack run."""
-        if attack != "worst_case":
-            return ~self.fooled[attack]
-        if not self.fooled:
-            return self.right
-        part = min(len(fooled) for fooled in self.fooled.values())
-        survived = self.right[:part].clone()
-        for fooled in self.fooled.values():
-            survived &= ~fooled[:part]
-        return survived
-
-    def write(self, path: Path) -> None:
-        """One row an image, as parquet."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        n = len(self.labels)
-        columns: dict[str, object] = {
-            "image": list(range(n)),
-            "label": self.labels.tolist(),
-            "clean_answer": self.answers.tolist(),
-            "clean_right": self.right.tolist(),
-        }
-        for attack in self.fooled:
-            for what in ("fooled", "step", "restart", "queries", "margin"):
-                values = getattr(self, what)[attack].tolist()
-                columns[f"{attack}:{what}"] = values + [None] * (n - len(values))
-        pq.write_table(pa.table(columns), path)
-
-
-@dataclass(frozen=True)
-class Robustness:
-    """Accuracies of one network, as they stand in the record."""
-
-    n: int
-    clean_accuracy: float
-    clean_ci95: tuple[float, float]
-    robust_accuracy: dict[str, float]
-    robust_n: dict[str, int]
-    robust_ci95: dict[str, tuple[float, float]]
-    per_class: dict[str, dict[str, float]]
+Try = tuple[str, Attack, Way]
+"""Column of the ledger, attack, and how it is run."""
 
 
 def evaluate(
-    model: nn.Module,
+    target: Target,
     data: ImageSet,
-    attacks: Sequence[Attack],
+    attacks: Sequence[Attack | Ensemble],
     threat_model: ThreatModel,
     *,
     n: int = 0,
     seed: int = 0,
-    judge: Judge | None = None,
+    precision: Precision = "exact",
+    transfer: bool = True,
+    budget_s: float = 0.0,
+    checkpoint: Path | None = None,
     on_progress: Callable[[float, str], None] | None = None,
 ) -> Ledger:
     """Clean verdicts on all of ``data``, and every attack on its first ``n`` images.
 
+    Each attack gets a column of its own, so that accuracies under single attacks can be compared; the parts of an
+    ensemble share one and are run on what the parts before them left. On a quantized network each is tried with both
+    kinds of gradients (:data:`BACKWARDS`); images that fool its float twin, or a surrogate, are a further column.
+
     Args:
-        model: float or fake-quantized classifier. Attacks on the latter pass its rounding in two ways
-            (:data:`BACKWARDS`); an image stands only if it stands both.
+        target: network or file; with a file every verdict is the file's, and searching goes on until it falls.
         data: test images.
         attacks: each is run on every attacked image that is right when clean.
         threat_model: ball and box.
         n: how many images to attack; 0: all.
-        seed: seed of the random starts.
-        judge: labels of the deployed file made from ``model``. With it, every verdict is the file's: an image is
-            fooled only when the file is.
+        seed: seed of the random draws.
+        precision: how attacks search; whatever it is, every success is verified in float32 or on the file.
+        transfer: also try the images that fool the float twin and the surrogates.
+        budget_s: stop attacking after so many seconds; 0: never. What was not finished counts as standing, and
+            ``Ledger.unfinished`` says how much that is.
+        checkpoint: a file in which an evaluation that was killed finds what it knew; the caller deletes it.
         on_progress: called with the finished fraction and the name of the attack.
 
     Returns:
-        The ledger. ``model`` is left as it was.
+        The ledger. The networks are left as they were.
+
+    Raises:
+        AttackError: no images, or an attack that this target or threat model does not allow.
     """
     if len(data) == 0:
         raise AttackError("expected test images, got none")
+    deadline = time.monotonic() + budget_s if budget_s else float("inf")
     images, labels = data.pixels(), data.labels
     count = min(n, len(data)) if n else len(data)
-    with attacking(model):
-        answers = judge(images) if judge is not None else predict(model, images).argmax(1)
-    ledger = Ledger(labels, answers)
-    backwards = (
-        BACKWARDS if any(isinstance(module, ActivationQuantizer) for module in model.modules()) else BACKWARDS[:1]
-    )
-    tries = [(attack, backward) for attack in attacks for backward in backwards]
-    for number, (attack, backward) in enumerate(tries):
+    ledger = Ledger(labels, target.answers(images), seed=seed)
+    tries = _plan(Ways(target, images[:_ALIKE_IMAGES], precision), attacks, threat_model, transfer)
+    key = spec_hash([list(data.image_shape), ledger.answers.tolist(), labels.tolist(), count, seed, precision])
+    journal = Journal(checkpoint, spec_hash(key, str(threat_model), [(c, a.describe(), w.label) for c, a, w in tries]))
+    columns = [column for column, _, _ in tries]
+    for number, (column, attack, way) in enumerate(tries):
+        if column not in ledger.fooled:
+            ledger.open(column, count)
 
-        def report(fraction: float, number: int = number, name: str = attack.name) -> None:
+        def report(fraction: float, number: int = number, name: str = column) -> None:
             if on_progress is not None:
                 on_progress((number + fraction) / len(tries), name)
 
-        standing = ~ledger.fooled[attack.name] if attack.name in ledger.fooled else ledger.right[:count]
-        targets = standing.nonzero()[:, 0]
-        with attacking(model, backward):
-            result = attack(
-                model,
-                images[targets],
-                labels[targets],
-                threat_model,
-                seed=seed,
-                indices=targets,
-                judge=judge,
-                on_progress=report,
-            )
-        _enter(ledger, attack.name, result, targets, count)
+        last = column not in columns[number + 1 :]
+        _run(ledger, column, attack, way, images, threat_model, journal, report, deadline, last=last)
+        report(1.0)
+    journal.flush()
     return ledger
 
 
-def _enter(ledger: Ledger, attack: str, result: AttackResult, targets: Tensor, count: int) -> None:
-    """Add one try of an attack on the images that still stood."""
-    if attack not in ledger.fooled:
-        ledger.fooled[attack] = torch.ones(count, dtype=torch.bool)
-        ledger.step[attack] = torch.full((count,), -1)
-        ledger.restart[attack] = torch.full((count,), -1)
-        ledger.queries[attack] = torch.zeros(count, dtype=torch.int64)
-        ledger.margin[attack] = torch.full((count,), torch.inf)
-    ledger.fooled[attack][targets] = result.fooled
-    ledger.step[attack][targets] = result.step
-    ledger.restart[attack][targets] = result.restart
-    ledger.queries[attack][targets] += result.queries
-    ledger.margin[attack][targets] = torch.minimum(ledger.margin[attack][targets], result.margin)
+def find_adversarial(
+    target: Target,
+    attack: Attack | Ensemble,
+    images: Tensor,
+    labels: Tensor,
+    threat_model: ThreatModel,
+    *,
+    seed: int = 0,
+    indices: Tensor | None = None,
+    precision: Precision = "exact",
+) -> AttackResult:
+    """The adversarial images themselves: one attack in all the ways in which :func:`evaluate` runs it.
+
+    Args:
+        target: network or file.
+        attack: what to run.
+        images: ``(N, C, H, W)`` float32 in [0, 1].
+        labels: ``(N,)``.
+        threat_model: ball and box.
+        seed: seed of the random draws.
+        indices: what the images are called, ``(N,)``; default: their position.
+        precision: how to search; successes are verified.
+
+    Returns:
+        As of :meth:`Attack.__call__`; ``part`` counts the tries.
+    """
+    names = torch.arange(len(images)) if indices is None else indices
+    result: AttackResult | None = None
+    tries = _plan(Ways(target, images[:_ALIKE_IMAGES], precision), [attack], threat_model, transfer=False)
+    for number, (_, part, way) in enumerate(tries):
+        rows = torch.arange(len(images)) if result is None else (~result.fooled).nonzero()[:, 0]
+        with way.context():
+            found = part(
+                way.model, images[rows], labels[rows], threat_model, seed=seed, indices=names[rows], judge=way.judge
+            )
+        result = found if result is None else merge(result, found, rows, number)
+    assert result is not None
+    return result
 
 
-def summarize(ledger: Ledger, classes: Sequence[str]) -> Robustness:
-    """Fractions, counts, Wilson intervals, and accuracy per class."""
-    robust_accuracy, robust_n, robust_ci95 = {}, {}, {}
-    for attack in [*ledger.fooled, "worst_case"]:
-        survived = ledger.survived(attack)
-        robust_n[attack] = len(survived)
-        robust_accuracy[attack] = int(survived.sum()) / len(survived)
-        robust_ci95[attack] = wilson_interval(int(survived.sum()), len(survived))
-    worst = ledger.survived("worst_case")
-    per_class = {}
-    for index, name in enumerate(classes):
-        members = ledger.labels == index
-        attacked = members[: len(worst)]
-        if int(members.sum()) and int(attacked.sum()):
-            per_class[name] = {
-                "n": float(members.sum()),
-                "n_attacked": float(attacked.sum()),
-                "clean": float(ledger.right[members].double().mean()),
-                "worst_case": float(worst[attacked].double().mean()),
-            }
-    right, n = int(ledger.right.sum()), len(ledger.labels)
-    return Robustness(n, right / n, wilson_interval(right, n), robust_accuracy, robust_n, robust_ci95, per_class)
+def _plan(ways: Ways, attacks: Sequence[Attack | Ensemble], threat_model: ThreatModel, transfer: bool) -> list[Try]:
+    for attack in attacks:
+        attack.check(threat_model)
+    plan = [(whole.name, part, way) for whole in attacks for part in as_parts(whole) for way in ways.of(part)]
+    if transfer and attacks:
+        attack, sources = ways.transfer()
+        plan += [(TRANSFER, attack, way) for way in sources]
+    return plan
+
+
+def _run(
+    ledger: Ledger,
+    column: str,
+    attack: Attack,
+    way: Way,
+    images: Tensor,
+    threat_model: ThreatModel,
+    journal: Journal,
+    report: Callable[[float], None],
+    deadline: float,
+    *,
+    last: bool,
+) -> None:
+    """One try on the images that still stand."""
+    what = f"{column}/{attack.name}/{way.label}"
+    by = " ".join(filter(None, [attack.name if attack.name != column else "", way.label])) or attack.name
+    standing = (~ledger.fooled[column]).nonzero()[:, 0]
+    known = journal.found(what)
+    for image in standing.tolist():
+        if image in known:
+            ledger.enter(column, image, known[image], by, last=last)
+    left = standing[[image not in known for image in standing.tolist()]] if known else standing
+    if not len(left):
+        return
+    clean = images[left]
+    flushed = time.monotonic()
+
+    def keep(result: AttackResult, positions: list[int]) -> None:
+        nonlocal flushed
+        norms = threat_model.size(result.adversarial[positions] - clean[positions]).tolist()
+        for position, norm in zip(positions, norms, strict=True):
+            row = Row.of(result, position, norm if bool(result.fooled[position]) else float("nan"))
+            image = int(left[position])
+            ledger.enter(column, image, row, by, last=last)
+            journal.add(what, image, row)
+        if time.monotonic() - flushed > _FLUSH_SECONDS:
+            flushed = time.monotonic()
+            journal.flush()
+
+    with way.context():
+        attack(
+            way.model,
+            clean,
+            ledger.labels[left],
+            threat_model,
+            seed=ledger.seed,
+            indices=left,
+            judge=way.judge,
+            on_progress=report,
+            on_done=keep,
+            stop=lambda: time.monotonic() > deadline,
+        )
+    journal.flush()

@@ -26,3 +26,42 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     low = 0.0 if successes == 0 else centre - spread
     high = 1.0 if successes == n else centre + spread
     return low, high
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided p-value of McNemar's exact test: do two classifiers err equally often on the same images?
+
+    Under that hypothesis each image on which just one of them is right is so with a fair coin (McNemar,
+    Psychometrika 1947, with the binomial distribution itself in place of the normal one).
+
+    Args:
+        only_first: images on which only the first is right.
+        only_second: images on which only the second is right.
+
+    >>> mcnemar(5, 5), round(mcnemar(1, 9), 4)
+    (1.0, 0.0215)
+
+    Raises:
+        ValueError: negative counts.
+    """
+    if min(only_first, only_second) < 0:
+        raise ValueError(f"expected counts of 0 or more, got {only_first} and {only_second}")
+    n, fewer = only_first + only_second, min(only_first, only_second)
+    tail = sum(math.comb(n, k) for k in range(fewer + 1))
+    return float(min(1.0, 2 * tail / 2**n))
+
+
+def paired_interval(only_first: int, only_second: int, n: int) -> tuple[float, float]:
+    """95 % interval of the difference of two accuracies on the same ``n`` images, first minus second, as fractions.
+
+    The adjusted Wald interval of Bonett and Price (Journal of Educational and Behavioral Statistics 2012): one is added
+    to each discordant count, so that agreement on all images does not give an interval of width 0.
+
+    Raises:
+        ValueError: counts that do not fit into ``n``.
+    """
+    if min(only_first, only_second) < 0 or only_first + only_second > n or n == 0:
+        raise ValueError(f"expected counts of 0 or more, together at most n > 0, got {only_first}, {only_second}, {n}")
+    first, second = (only_first + 1) / (n + 2), (only_second + 1) / (n + 2)
+    spread = _Z95 * math.sqrt((first + second - (first - second) ** 2) / (n + 2))
+    return first - second - spread, first - second + spread

@@ -6,9 +6,9 @@ import math
 
 from torch import nn
 
-from coldforge.attacks import PGD, ThreatModel, parse_attack, predict
+from coldforge.attacks import PGD, ThreatModel, parse_pgd, predict
 from coldforge.data import ImageSet
-from coldforge.evaluate import evaluate, summarize
+from coldforge.evaluate import Target, evaluate, summarize
 from coldforge.recipe import TrainSpec
 from coldforge.records import CurvePoint
 
@@ -42,8 +42,8 @@ def monitor(
 ) -> CurvePoint:
     """Accuracy on the validation part, in fp32: clean, and under PGD at full eps for adversarial training."""
     watched = validation.take(slice(0, MONITOR_IMAGES))
-    attacks = [parse_attack(MONITOR_ATTACK)] if spec.objective == "adversarial" else []
-    result = summarize(evaluate(network, watched, attacks, threat_model), watched.classes)
+    attacks = [parse_pgd(MONITOR_ATTACK)] if spec.objective == "adversarial" else []
+    result = summarize(evaluate(Target(network), watched, attacks, threat_model, transfer=False), watched.classes)
     return CurvePoint(
         epoch=epoch + 1,
         loss=loss,

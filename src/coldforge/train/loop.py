@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from coldforge.attacks import PGD, ThreatModel, parse_attack, perturb
+from coldforge.attacks import PGD, ThreatModel, parse_pgd, perturb
 from coldforge.compress import ActivationQuantizer, QuantizedLayer, attacking
 from coldforge.data import DataSplits, epoch_batches, steps_per_epoch
 from coldforge.errors import CollapseError, TrainingError
@@ -134,8 +134,8 @@ def _inner(spec: TrainSpec, state: TrainState) -> PGD | None:
     """The inner attack; one more step for each time that it was overfitted."""
     if spec.objective != "adversarial":
         return None
-    inner = parse_attack(spec.attack)
-    return parse_attack(f"pgd-{inner.steps + state.stronger}") if state.stronger else inner
+    inner = parse_pgd(spec.attack)
+    return parse_pgd(f"pgd-{inner.steps + state.stronger}") if state.stronger else inner
 
 
 def _way(spec: TrainSpec, state: TrainState) -> str:

@@ -1,0 +1,263 @@
+"""The binarization test: plant an adversarial image and see whether the attack finds it.
+
+Zimmermann, Brendel, Tramèr, Carlini, *Increasing Confidence in Adversarial Robustness Evaluations*, NeurIPS 2022,
+algorithm 1. For each image the classifier's last linear layer is replaced by a head with two classes: points well
+inside the ball on one side, one planted point of its surface on the other. So an adversarial image exists for certain,
+and an attack that does not find it would also miss those of the real classifier. How often random sampling finds it
+says how hard the test is.
+
+Where we differ. Their head is a logistic regression, ours a linear discriminant: the same half-space up to how it
+weighs the features, and solved in closed form. Features are projected at random onto a sixth of the number of pixels
+where there are more of them (theirs: 512 features of 3,072 pixels): with about as many features as pixels the head
+would recognise the planted point alone, pixel by pixel, which no attack could find. Images whose planted point the head
+cannot separate are left out and counted; they abort theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from coldforge.attacks import Classifier, ThreatModel
+from coldforge.compress import Backward, QuantizedLayer, attacking
+from coldforge.evaluate.masking_checks import check, percent
+from coldforge.records import MaskingCheckRecord
+
+INNER_POINTS = 512
+"""Points on the near side of a head; twice as many changed no success rate by more than a point, half as many let
+random sampling succeed."""
+INNER_RADIUS = 0.95
+"""They lie within this part of eps (the paper's eta)."""
+CLOSENESS = 0.999
+"""The border lies at this part of the way from the farthest inner point to the planted one (the paper's "tight")."""
+RANDOM_POINTS = 200
+"""Points drawn by the random attack that measures how hard the test is (the paper's number)."""
+PIXELS_PER_FEATURE = 6
+MAX_FEATURES = 256
+"""Limits what one head costs: a system of linear equations of that size."""
+RIDGE = 0.1
+"""Added to the covariance, in units of its mean diagonal: dead features must not weigh without bound."""
+STEPS = 50
+"""Of the attack: projected gradient ascent, 2.5 eps / STEPS each, as PGD takes them."""
+RESTARTS = 3
+
+LEAST_FOUND = 0.75
+"""Part of the planted images that the attack must find. Honest networks: 0.92 to 1; planted flaws: 0 to 0.15."""
+MOST_AT_RANDOM = 0.5
+"""Where random sampling finds more of them, the test says nothing."""
+LEAST_USABLE = 0.9
+"""Where an adversarial image can be planted for fewer images, neither: rounding to 4 bits or less may be so coarse that
+features hardly differ within a small ball, and what little differs are single codes that no gradient foresees."""
+
+
+@dataclass(frozen=True)
+class Binarization:
+    """What came of the test."""
+
+    images: int
+    """Images for which an adversarial one could be planted."""
+    attempted: int
+    found: float
+    """Part of them at which the attack found one."""
+    found_at_random: float
+    """Part of them at which random sampling found one."""
+    features: int
+    """Dimensions that a head saw."""
+    layer: str
+    """Where they come from: the input of this layer, or "logits"."""
+
+
+def binarization_check(found: Binarization) -> MaskingCheckRecord:
+    """What the test says, in words."""
+    rates = (
+        f"of the adversarial images planted for {found.images} images, the attack found {percent(found.found)}, random "
+        f"sampling {percent(found.found_at_random)}"
+    )
+    if found.images < LEAST_USABLE * found.attempted or found.found_at_random > MOST_AT_RANDOM:
+        why = f"not conclusive, so not counted ({found.images} of {found.attempted} images could be used): {rates}"
+        return MaskingCheckRecord(
+            name="binarization", passed=True, value=found.found, threshold=LEAST_FOUND, meaning=why
+        )
+    return check(
+        "binarization",
+        found.found,
+        LEAST_FOUND,
+        rates,
+        f"{rates}: what is certainly there is not found",
+        "the attack is too weak for this network: let gradients through (BPDA), average them (EOT), take more steps",
+        at_least=True,
+    )
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """One linear head for each of n images: a point is on the far side where ``weight @ features >= border``."""
+
+    weight: Tensor  # (n, F)
+    border: Tensor  # (n,)
+    usable: Tensor  # (n,) bool
+    random_success: Tensor  # (n,) bool
+
+    def score(self, features: Tensor, which: Tensor) -> Tensor:
+        """How far beyond the border ``features`` (m, F) of the images ``which`` (m,) lie, ``(m,)``."""
+        return (features * self.weight[which]).sum(1) - self.border[which]
+
+
+def binarization_test(
+    network: nn.Module,
+    images: Tensor,
+    threat_model: ThreatModel,
+    *,
+    backwards: tuple[Backward, ...] = ("pass_through",),
+    seed: int = 0,
+    on_progress: Callable[[float], None] | None = None,
+) -> Binarization:
+    """Run the test on every image.
+
+    Args:
+        network: classifier with gradients, in evaluation mode.
+        images: ``(n, C, H, W)`` in [0, 1].
+        threat_model: ball and box.
+        backwards: kinds of gradient that the attack tries on a quantized network.
+        seed: seed of all draws.
+        on_progress: called with the finished fraction.
+    """
+    say = on_progress or (lambda fraction: None)
+    generator = torch.Generator().manual_seed(seed)
+    name, raw = _feature_source(network, images[:1])
+    project = _projection(len(raw[0]), images[0].numel() // PIXELS_PER_FEATURE, generator)
+
+    def features(points: Tensor) -> Tensor:
+        return project(_features(network, name, points))
+
+    with attacking(network):
+        heads = _plant(features, images, threat_model, generator, lambda part: say(0.5 * part))
+    found = torch.zeros(len(images), dtype=torch.bool)
+    tries = [backward for backward in backwards for _ in range(RESTARTS)]
+    for number, backward in enumerate(tries):
+        left = (heads.usable & ~found).nonzero()[:, 0]
+        if not len(left):
+            break
+        with attacking(network, backward):
+            found[left] = _ascend(features, images[left], left, heads, threat_model, generator)
+        say(0.5 + 0.5 * (number + 1) / len(tries))
+    usable = int(heads.usable.sum())
+    return Binarization(
+        images=usable,
+        attempted=len(images),
+        found=int(found.sum()) / max(usable, 1),
+        found_at_random=int((heads.random_success & heads.usable).sum()) / max(usable, 1),
+        features=heads.weight.shape[1],
+        layer=name or "logits",
+    )
+
+
+def _plant(
+    features: Classifier,
+    images: Tensor,
+    threat_model: ThreatModel,
+    generator: torch.Generator,
+    on_progress: Callable[[float], None],
+) -> _Heads:
+    weights, borders, usable, random_success = [], [], [], []
+    inside = ThreatModel(threat_model.norm, INNER_RADIUS * threat_model.eps, threat_model.box)
+    for number, image in enumerate(images):
+        inner = inside.random_start(image.expand(INNER_POINTS, -1, -1, -1), generator)
+        planted = surface_points(image[None], threat_model, generator)
+        fresh = image.expand(RANDOM_POINTS // 2, -1, -1, -1)
+        tried = [threat_model.random_start(fresh, generator), surface_points(fresh, threat_model, generator)]
+        with torch.no_grad():
+            seen = features(torch.cat([image[None], inner, planted, *tried])).double()
+        near, far, others = seen[: INNER_POINTS + 1], seen[INNER_POINTS + 1], seen[INNER_POINTS + 2 :]
+        centre = near.mean(0)
+        covariance = (near - centre).T @ (near - centre) / len(near)
+        ridge = RIDGE * covariance.diagonal().mean() + 1e-30
+        weight = torch.linalg.solve(covariance + ridge * torch.eye(len(centre), dtype=torch.float64), far - centre)
+        weight = weight / weight.norm().clamp_min(1e-300)
+        farthest, wanted = float((near @ weight).max()), float(far @ weight)
+        border = farthest + CLOSENESS * (wanted - farthest)
+        weights.append(weight.float())
+        borders.append(border)
+        # in float32, as the attack sees it, the planted point must still lie beyond the border and the inner ones not
+        scores = seen.float() @ weight.float() - border
+        usable.append(bool(scores[INNER_POINTS + 1] >= 0) and bool((scores[: INNER_POINTS + 1] < 0).all()))
+        random_success.append(bool((others @ weight >= border).any()))
+        on_progress((number + 1) / len(images))
+    return _Heads(torch.stack(weights), torch.tensor(borders), torch.tensor(usable), torch.tensor(random_success))
+
+
+def _ascend(
+    features: Classifier,
+    images: Tensor,
+    names: Tensor,
+    heads: _Heads,
+    threat_model: ThreatModel,
+    generator: torch.Generator,
+) -> Tensor:
+    """Which of ``images`` (those that ``names`` numbers) an ascent brings beyond the border, (m,) bool."""
+    found = torch.zeros(len(images), dtype=torch.bool)
+    points = threat_model.random_start(images, generator)
+    length = 2.5 * threat_model.eps / STEPS
+    for step in range(STEPS + 1):
+        left = (~found).nonzero()[:, 0]
+        if not len(left):
+            break
+        inputs = points[left].requires_grad_()
+        with torch.enable_grad():
+            score = heads.score(features(inputs), names[left])
+            (gradient,) = torch.autograd.grad(score.sum(), inputs)
+        found[left] = score.detach() >= 0
+        if step < STEPS:
+            moved = inputs.detach() + threat_model.step(gradient.nan_to_num(), length)
+            points[left] = threat_model.project(moved, images[left])
+    return found
+
+
+def surface_points(images: Tensor, threat_model: ThreatModel, generator: torch.Generator) -> Tensor:
+    """One random point of the ball's surface for each image ``(n, C, H, W)``: a corner of the linf ball."""
+    noise = torch.empty(images.shape).normal_(generator=generator)
+    return threat_model.project(images + threat_model.step(noise, threat_model.eps), images)
+
+
+def _feature_source(network: nn.Module, image: Tensor) -> tuple[str, Tensor]:
+    """Name of the linear layer that ran last, "" if there is none, and what it read, ``(1, F)``."""
+    ran: list[str] = []
+    handles = []
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear) or (isinstance(module, QuantizedLayer) and not module.is_conv):
+            handles.append(module.register_forward_pre_hook(lambda *_, name=name: ran.append(name)))
+    try:
+        with torch.no_grad():
+            network(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    name = ran[-1] if ran else ""
+    with torch.no_grad():
+        return name, _features(network, name, image)
+
+
+def _features(network: nn.Module, name: str, points: Tensor) -> Tensor:
+    """What layer ``name`` reads when the network sees ``points``, flattened to ``(N, F)``; the logits for ""."""
+    if not name:
+        logits: Tensor = network(points)
+        return logits
+    read: list[Tensor] = []
+    handle = network.get_submodule(name).register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    try:
+        network(points)
+    finally:
+        handle.remove()
+    return read[-1].reshape(len(points), -1)
+
+
+def _projection(features: int, limit: int, generator: torch.Generator) -> Classifier:
+    """A random projection onto at most ``limit`` dimensions; nothing where there are no more than that."""
+    limit = max(min(limit, MAX_FEATURES), 1)
+    if features <= limit:
+        return lambda values: values
+    matrix = torch.empty(features, limit).normal_(generator=generator) / features**0.5
+    return lambda values: values @ matrix

@@ -1,0 +1,240 @@
+"""What happened to each test image, in memory, on disk, and while an evaluation is under way."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coldforge.attacks import AttackResult
+from coldforge.evaluate.statistics import wilson_interval
+
+WORST_CASE = "worst_case"
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What happened to each of n test images.
+
+    ``right`` are the clean verdicts; each attack adds, for the m <= n images at the front, which it fooled, what
+    exactly did it, at which step and restart of it, after how many queries, the norm of that perturbation, and the
+    smallest margin seen. Images that were wrong when clean were not attacked (step -1, no queries) and count as fooled.
+    """
+
+    labels: Tensor  # (n,) int64
+    answers: Tensor  # (n,) int64, on the clean image
+    fooled: dict[str, Tensor] = field(default_factory=dict)  # attack -> (m,) bool
+    step: dict[str, Tensor] = field(default_factory=dict)  # (m,) int64, -1 without
+    restart: dict[str, Tensor] = field(default_factory=dict)  # (m,) int64, -1 without
+    queries: dict[str, Tensor] = field(default_factory=dict)  # (m,) int64
+    norm: dict[str, Tensor] = field(default_factory=dict)  # (m,) float32, NaN without
+    margin: dict[str, Tensor] = field(default_factory=dict)  # (m,) float32, infinite without
+    by: dict[str, list[str]] = field(default_factory=dict)  # part of an ensemble and way, such as "square on the file"
+    finished: dict[str, Tensor] = field(default_factory=dict)  # (m,) bool: fooled, or stood to the end
+    disputed: dict[str, Tensor] = field(default_factory=dict)  # (m,) bool: fooled the search, not who judges
+    seed: int = 0
+
+    @property
+    def right(self) -> Tensor:
+        """(n,) bool: right when clean."""
+        return self.answers == self.labels
+
+    @property
+    def unfinished(self) -> dict[str, int]:
+        """Attack -> images that it did not finish for want of budget; they count as standing."""
+        counts = {attack: int((~finished).sum()) for attack, finished in self.finished.items()}
+        return {attack: count for attack, count in counts.items() if count}
+
+    def survived(self, attack: str) -> Tensor:
+        """(m,) bool: right when clean and under that attack; ``"worst_case"``: under every attack run."""
+        if attack != WORST_CASE:
+            return ~self.fooled[attack]
+        if not self.fooled:
+            return self.right
+        part = min(len(fooled) for fooled in self.fooled.values())
+        survived = self.right[:part].clone()
+        for fooled in self.fooled.values():
+            survived &= ~fooled[:part]
+        return survived
+
+    def open(self, attack: str, count: int) -> None:
+        """Begin the columns of an attack on the first ``count`` images."""
+        right = self.right[:count]
+        self.fooled[attack] = ~right
+        self.finished[attack] = ~right
+        self.disputed[attack] = torch.zeros(count, dtype=torch.bool)
+        self.step[attack] = torch.full((count,), -1)
+        self.restart[attack] = torch.full((count,), -1)
+        self.queries[attack] = torch.zeros(count, dtype=torch.int64)
+        self.norm[attack] = torch.full((count,), torch.nan)
+        self.margin[attack] = torch.full((count,), torch.inf)
+        self.by[attack] = [""] * count
+
+    def enter(self, attack: str, image: int, row: Row, by: str, *, last: bool) -> None:
+        """Add what one try of an attack found on one image.
+
+        Args:
+            attack: an attack that was opened.
+            image: position of the image.
+            row: what was found.
+            by: what is said of a success.
+            last: no further try follows if the image stands.
+        """
+        self.queries[attack][image] += row.queries
+        self.margin[attack][image] = min(float(self.margin[attack][image]), row.margin)
+        self.disputed[attack][image] |= row.disputed
+        self.finished[attack][image] = row.fooled or last
+        if row.fooled:
+            self.fooled[attack][image] = True
+            self.step[attack][image], self.restart[attack][image] = row.step, row.restart
+            self.norm[attack][image] = row.norm
+            self.by[attack][image] = by
+
+    def write(self, path: Path) -> None:
+        """One row an image, as parquet."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        n = len(self.labels)
+        columns: dict[str, object] = {
+            "image": list(range(n)),
+            "label": self.labels.tolist(),
+            "clean_answer": self.answers.tolist(),
+            "clean_right": self.right.tolist(),
+            "seed": [self.seed] * n,
+        }
+        for attack in self.fooled:
+            for what in ("fooled", "step", "restart", "queries", "norm", "margin", "finished", "disputed"):
+                values = getattr(self, what)[attack].tolist() if attack in getattr(self, what) else []
+                columns[f"{attack}:{what}"] = values + [None] * (n - len(values))
+            broken_by = self.by.get(attack, [])
+            columns[f"{attack}:by"] = [*broken_by, *[None] * (n - len(broken_by))]
+        pq.write_table(pa.table(columns), path)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one try of one attack found on one image."""
+
+    fooled: bool
+    step: int
+    restart: int
+    queries: int
+    norm: float
+    margin: float
+    disputed: bool
+
+    @classmethod
+    def of(cls, result: AttackResult, position: int, norm: float) -> Row:
+        """From an attack's result; ``norm`` is that of the perturbation."""
+        return cls(
+            fooled=bool(result.fooled[position]),
+            step=int(result.step[position]),
+            restart=int(result.restart[position]),
+            queries=int(result.queries[position]),
+            norm=norm,
+            margin=float(result.margin[position]),
+            disputed=bool(result.disputed[position]),
+        )
+
+
+class Journal:
+    """An evaluation under way: one line of JSON for each image and try, so that a kill loses a second of work.
+
+    Args:
+        path: the file; None keeps nothing. One of another evaluation, or damaged, is started again.
+        key: names what is evaluated.
+    """
+
+    def __init__(self, path: Path | None, key: str) -> None:
+        self._path = path
+        self._rows: dict[str, dict[int, Row]] = {}
+        self._waiting: list[str] = []
+        if path is not None and not self._read(path, key):
+            path.write_text(json.dumps({"evaluation": key}) + "\n", encoding="utf-8")
+
+    def found(self, what: str) -> dict[int, Row]:
+        """What is known of one try: image -> row."""
+        return self._rows.get(what, {})
+
+    def add(self, what: str, image: int, row: Row) -> None:
+        """Keep one more row; :meth:`flush` brings it to the disk."""
+        if self._path is not None:
+            self._waiting.append(json.dumps({"try": what, "image": image, **row.__dict__}) + "\n")
+
+    def flush(self) -> None:
+        """Write what is waiting."""
+        if self._path is not None and self._waiting:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(self._waiting)
+                file.flush()
+                os.fsync(file.fileno())
+            self._waiting.clear()
+
+    def _read(self, path: Path, key: str) -> bool:
+        if not path.is_file():
+            return False
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        if not lines or _parsed(lines[0]).get("evaluation") != key:
+            return False
+        for line in lines[1:]:
+            values = _parsed(line)  # the last line of a killed run may be torn
+            with contextlib.suppress(KeyError, TypeError):
+                what, image = values.pop("try"), values.pop("image")
+                self._rows.setdefault(what, {})[image] = Row(**values)
+        if not lines[-1].endswith("\n"):
+            with path.open("a", encoding="utf-8") as file:
+                file.write("\n")
+        return True
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """Accuracies of one network, as they stand in the record."""
+
+    n: int
+    clean_accuracy: float
+    clean_ci95: tuple[float, float]
+    robust_accuracy: dict[str, float]
+    robust_n: dict[str, int]
+    robust_ci95: dict[str, tuple[float, float]]
+    per_class: dict[str, dict[str, float]]
+
+
+def summarize(ledger: Ledger, classes: Sequence[str]) -> Robustness:
+    """Fractions, counts, Wilson intervals, and accuracy per class."""
+    robust_accuracy, robust_n, robust_ci95 = {}, {}, {}
+    for attack in [*ledger.fooled, WORST_CASE]:
+        survived = ledger.survived(attack)
+        robust_n[attack] = len(survived)
+        robust_accuracy[attack] = int(survived.sum()) / len(survived)
+        robust_ci95[attack] = wilson_interval(int(survived.sum()), len(survived))
+    worst = ledger.survived(WORST_CASE)
+    per_class = {}
+    for index, name in enumerate(classes):
+        members = ledger.labels == index
+        attacked = members[: len(worst)]
+        if int(members.sum()) and int(attacked.sum()):
+            per_class[name] = {
+                "n": float(members.sum()),
+                "n_attacked": float(attacked.sum()),
+                "clean": float(ledger.right[members].double().mean()),
+                "worst_case": float(worst[attacked].double().mean()),
+            }
+    right, n = int(ledger.right.sum()), len(ledger.labels)
+    return Robustness(n, right / n, wilson_interval(right, n), robust_accuracy, robust_n, robust_ci95, per_class)

@@ -1,0 +1,247 @@
+"""The masking panel: does a robust accuracy hold, or did the attacks only fail?
+
+A network that hides its gradients looks robust and is not. The panel looks for the known signs and says in words what
+it found and what to do. It lowers no robust accuracy; it says whether to believe it. What each check asks, and where it
+comes from: :mod:`coldforge.evaluate.masking_gradients`, :mod:`coldforge.evaluate.masking_attacks`,
+:mod:`coldforge.evaluate.binarization`.
+
+About 128 images are enough, and cost as much as fewer: networks are queried with tiles of 128. On one image the panel
+spends at most some 1,100 forward and backward passes (twice as many on a quantized network), and 1,500 forward passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from coldforge.attacks import Classifier, ThreatModel, check_images, predict, untouched
+from coldforge.compress import ActivationQuantizer, attacking
+from coldforge.errors import AttackError, ModelError
+from coldforge.evaluate.binarization import binarization_check, binarization_test
+from coldforge.evaluate.masking_attacks import (
+    EPS_FACTORS,
+    NOISE,
+    SQUARE,
+    Task,
+    WhiteBox,
+    attack_checks,
+    eps_checks,
+    fooled_by_noise,
+    named,
+    paired,
+    standing,
+)
+from coldforge.evaluate.masking_checks import allowed, check, percent
+from coldforge.evaluate.masking_gradients import gradient_checks, is_differentiable
+from coldforge.evaluate.target import BACKWARDS
+from coldforge.records import MaskingCheckRecord, MaskingRecord
+
+if TYPE_CHECKING:
+    from coldforge.evaluate.target import Target
+
+FEWEST_RIGHT = 10
+"""Images right when clean, below which no share means anything and the verdict is not_run."""
+BINARIZATION_IMAGES = 64
+"""Each has a head of its own, which costs some 700 forward passes."""
+REPEAT_TOLERANCE = 1e-5
+"""In units of the spread of an image's logits: the same images, twice, in the same order. Deterministic kernels give
+the same bits; noise of 1 % on the logits gives 0.003 and more."""
+ORDER_TOLERANCE = 1e-2
+"""The same for another order of the images. Float networks move by 1e-6, and a code of a quantized one may flip."""
+BLACK_BOX_SWEEP = "square-300"
+"""Asked at several eps, so cheaper than what is compared."""
+PARTS = {"answers": 2, "gradients": 3, "steps": 25, "restarts": 10, "eps": 25, "FGSM and noise": 3, "Square": 17}
+PARTS |= {"transfer": 5, "binarization": 10}
+"""What takes how long, roughly, in percent."""
+
+
+def masking_panel(
+    target: Target,
+    images: Tensor,
+    labels: Tensor,
+    threat_model: ThreatModel,
+    *,
+    seed: int = 0,
+    on_progress: Callable[[float, str], None] | None = None,
+) -> MaskingRecord:
+    """Look for the signs of masked gradients.
+
+    Args:
+        target: the network; its file, if there is one, is asked by Square and for repeatability; its surrogates are
+            what images are transferred from. Without a network (a black box) only what needs no gradients is done.
+        images: test images ``(n, C, H, W)`` in [0, 1], about 128.
+        labels: true labels ``(n,)``.
+        threat_model: ball and box of the robust accuracy in question.
+        seed: seed of all draws; the global random state stays as it was.
+        on_progress: called with the finished fraction and the name of the part.
+
+    Returns:
+        Every check with its value, threshold and meaning. The verdict is ``"suspect"`` if one failed, ``"not_run"`` if
+        fewer than :data:`FEWEST_RIGHT` images are right when clean, else ``"ok"``.
+
+    Raises:
+        ModelError: the network or the file returns probabilities, NaN or infinity in place of logits.
+        AttackError: images outside [0, 1], labels that do not fit, or no images.
+    """
+    check_images(images, labels)
+    if not len(images):
+        raise AttackError("expected images for the masking panel, got none")
+    say = _teller(on_progress)
+    network = target.network
+    file = target.file.logits if target.file is not None else None
+    asked = [classifier for classifier in (network, file) if classifier is not None]
+    if not asked:
+        raise AttackError("expected a network or a file, got neither")
+    with torch.random.fork_rng(devices=[]), untouched(asked[0]):
+        torch.manual_seed(seed)
+        say("answers")
+        right, checks = _answers(asked, images, labels)
+        task = Task(images[right], labels[right], threat_model, seed)
+        if len(task.images) >= FEWEST_RIGHT:
+            if network is not None and is_differentiable(network, task.images):
+                checks += _white_box(network, task, target, say)
+            else:
+                checks.append(_no_gradients(network))
+                checks += _black_box(file or asked[0], task, say)
+    enough = len(task.images) >= FEWEST_RIGHT
+    if not enough:
+        checks.append(_too_few(len(task.images), len(images)))
+    if on_progress is not None:
+        on_progress(1.0, "done")
+    failed = any(not found.passed for found in checks)
+    return MaskingRecord(verdict="suspect" if failed else "ok" if enough else "not_run", checks=tuple(checks))
+
+
+def _teller(on_progress: Callable[[float, str], None] | None) -> Callable[[str], None]:
+    """Called with the name of a part that begins."""
+
+    def say(part: str) -> None:
+        if on_progress is not None:
+            names = list(PARTS)
+            before = sum(PARTS[name] for name in names[: names.index(part)])
+            on_progress(before / sum(PARTS.values()), part)
+
+    return say
+
+
+def _answers(asked: list[Classifier], images: Tensor, labels: Tensor) -> tuple[Tensor, list[MaskingCheckRecord]]:
+    """Which images all of ``asked`` are right about ``(n,)``, and whether the answers can be relied on."""
+    right = torch.ones(len(images), dtype=torch.bool)
+    moves, depends = 0.0, 0.0
+    for classifier in asked:
+        with attacking(classifier) if isinstance(classifier, nn.Module) else torch.no_grad():
+            first, second = predict(classifier, images), predict(classifier, images)
+            turned = predict(classifier, images.flip(0)).flip(0)
+        _refuse_what_is_no_logits(first)
+        right &= first.argmax(1) == labels
+        moves = max(moves, _differ(first, second, REPEAT_TOLERANCE))
+        depends = max(depends, _differ(first, turned, ORDER_TOLERANCE))
+    return right, [
+        check(
+            "repeatable",
+            moves,
+            allowed(len(images)),
+            "the same images, asked twice, give the same logits",
+            f"the same images, asked twice, give other logits ({percent(moves)} of them): the network is random or "
+            "remembers",
+            "average logits and gradients over the randomness (EOT), or switch it off",
+        ),
+        check(
+            "independent_of_neighbours",
+            depends,
+            allowed(len(images)),
+            "an image's logits do not depend on the images it is asked with",
+            f"for {percent(depends)} of the images the logits depend on the order or the neighbours in the batch",
+            "freeze batch statistics (evaluation mode) and everything else that images share",
+        ),
+    ]
+
+
+def _differ(first: Tensor, second: Tensor, tolerance: float) -> float:
+    """Share of images whose logits ``(n, K)`` differ by more than ``tolerance`` spreads."""
+    spread = first.std(1).clamp_min(1e-12)
+    return float(((first - second).abs().amax(1) > tolerance * spread).double().mean())
+
+
+def _refuse_what_is_no_logits(logits: Tensor) -> None:
+    wrong = int((~logits.isfinite()).any(1).sum())
+    if wrong:
+        raise ModelError(f"expected finite logits, got NaN or infinity for {wrong} of {len(logits)} test images")
+    sums = logits.sum(1)
+    constant = bool((sums - sums.mean()).abs().max() <= 1e-3 * sums.mean())
+    if bool((logits >= 0).all()) and constant and not bool((logits == logits[0]).all()):
+        raise ModelError("the network returns probabilities; expected logits; remove the softmax")
+
+
+def _white_box(network: nn.Module, task: Task, target: Target, say: Callable[[str], None]) -> list[MaskingCheckRecord]:
+    quantized = any(isinstance(module, ActivationQuantizer) for module in network.modules())
+    backwards = BACKWARDS if quantized else BACKWARDS[:1]
+    say("gradients")
+    generator = torch.Generator().manual_seed(task.seed)
+    checks = gradient_checks(network, task.images, task.labels, task.ball, backwards, generator)
+
+    def classifier(points: Tensor) -> Tensor:
+        logits: Tensor = network(_FiniteGradient.apply(points))  # type: ignore[no-untyped-call]
+        return logits
+
+    box = WhiteBox(network, classifier, backwards)
+    file = target.file.logits if target.file is not None else None
+    checks += attack_checks(box, task, target.surrogates, file, say)
+    say("binarization")
+    planted = binarization_test(
+        network, task.images[:BINARIZATION_IMAGES], task.ball, backwards=backwards, seed=task.seed
+    )
+    return [*checks, binarization_check(planted)]
+
+
+def _black_box(classifier: Classifier, task: Task, say: Callable[[str], None]) -> list[MaskingCheckRecord]:
+    """What can be asked without gradients; Square takes the part of the strong attack."""
+    say("eps")
+    sweep = named(BLACK_BOX_SWEEP)
+    factors = [factor for factor in EPS_FACTORS if factor >= 1]
+    curve = {f * task.ball.eps: standing(task.scaled(f).run(sweep, classifier, task.all)) for f in factors}
+    whole = task.whole_box().run(sweep, classifier, task.all)
+    checks = eps_checks(curve, standing(whole), "Square", len(whole))
+    say("Square")
+    found = task.run(named(SQUARE), classifier, task.all)
+    noisy = fooled_by_noise(classifier, task, ~found)
+    return [*checks, paired("noise_beats_square", noisy, NOISE, "Square", "give Square more queries and restarts")]
+
+
+def _no_gradients(network: nn.Module | None) -> MaskingCheckRecord:
+    if network is None:
+        meaning = (
+            "a black box: no gradients to ask for, so the robust accuracy is an upper bound that rests on Square and "
+            "on transfer alone"
+        )
+    else:
+        meaning = (
+            "logits do not depend on pixels in a way that gradients can follow, so gradient attacks cannot be run; let "
+            "gradients through the operation that stops them (BPDA), and attack with Square"
+        )
+    return MaskingCheckRecord(name="differentiable", passed=network is None, value=0.0, threshold=1.0, meaning=meaning)
+
+
+def _too_few(right: int, n: int) -> MaskingCheckRecord:
+    return MaskingCheckRecord(
+        name="enough_images",
+        passed=True,
+        value=float(right),
+        threshold=float(FEWEST_RIGHT),
+        meaning=f"only {right} of {n} images are right when clean, at least {FEWEST_RIGHT} are needed: attacks not run",
+    )
+
+
+class _FiniteGradient(torch.autograd.Function):
+    """The identity; a gradient that is NaN or infinite becomes 0 there, so that one pixel does not stop an attack."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

@@ -1,0 +1,222 @@
+"""What is evaluated, and the ways in which it can be attacked."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from coldforge.attacks import Attack, Classifier, Judge, parse_attack, predict
+from coldforge.compress import ActivationQuantizer, Backward, QuantizedLayer, attacking, fold_batchnorm
+from coldforge.errors import AttackError, TraceError
+from coldforge.models import channels_last
+
+BACKWARDS: tuple[Backward, ...] = ("pass_through", "clipped")
+"""How attacks take gradients of a quantized network: every image that stands after the first is tried with the second.
+
+Neither is enough alone. Where activations are clipped, "clipped" (the plain straight-through estimator) sees a gradient
+of 0, and "pass_through" (BPDA) one that the forward pass does not have; a network trained under the latter alone keeps
+61 % under it and 6 % under the other (docs/architecture.md).
+"""
+
+TRANSFER = "transfer"
+"""Name in the ledger of the images found on other networks."""
+_TRANSFER_ATTACK = "pgd-20"
+_VERIFY_TILE = 16
+"""Images in one pass of the verifier: few are asked about at a time."""
+_SAME_ANSWERS = 0.95
+"""A fast copy that answers fewer images like the network is no copy, and is not used."""
+
+Precision = Literal["exact", "fp32", "bf16"]
+"""How attacks search: on the network as it is; on a copy with BatchNorm folded; on that copy in bfloat16. Every success
+on a copy is verified on the network itself in float32."""
+
+
+class Deployed(Protocol):
+    """A file that answers; a session of :mod:`coldforge.deploy.runtime`."""
+
+    def logits(self, images: Tensor, /) -> Tensor:
+        """Images ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)``."""
+
+    def labels(self, images: Tensor, /) -> Tensor:
+        """Images to labels ``(N,)``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A classifier under attack.
+
+    Raises:
+        AttackError: neither network nor file is given.
+    """
+
+    network: nn.Module | None
+    """Where gradients come from: float or fake-quantized. None: a black box."""
+    file: Deployed | None = None
+    """The deployed file made from ``network``, or a black box. With it, every verdict is the file's."""
+    surrogates: Mapping[str, nn.Module] = field(default_factory=dict)
+    """Other networks by name, on which images are sought that fool this one too."""
+
+    def __post_init__(self) -> None:
+        if self.network is None and self.file is None:
+            raise AttackError("expected a network or a file to evaluate, got neither")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether gradients must be passed through rounding."""
+        return self.network is not None and any(isinstance(m, ActivationQuantizer) for m in self.network.modules())
+
+    def answers(self, images: Tensor) -> Tensor:
+        """The labels that count, ``(N,)``."""
+        if self.file is not None:
+            return self.file.labels(images)
+        assert self.network is not None
+        with attacking(self.network):
+            return predict(self.network, images).argmax(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """One way to run an attack on a target."""
+
+    label: str
+    """What the ledger says of it; empty for the plain one."""
+    model: Classifier
+    """Where the attack searches."""
+    judge: Judge | None
+    """Who has the last word; None: ``model``."""
+    context: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+class Ways:
+    """Plans how attacks are run on one target; keeps the fast copies.
+
+    Args:
+        target: what is attacked.
+        images: a few clean images ``(N, C, H, W)``, to see that a fast copy answers like the network.
+        precision: how attacks search.
+    """
+
+    def __init__(self, target: Target, images: Tensor, precision: Precision) -> None:
+        self._target, self._images, self._precision = target, images, precision
+        self._copies: dict[tuple[int, Precision], nn.Module] = {}
+
+    def of(self, attack: Attack) -> list[Way]:
+        """The ways in which this attack is run, one after the other on the images that still stand.
+
+        Raises:
+            AttackError: the attack needs gradients, and there is no network to take them from.
+        """
+        target = self._target
+        if not attack.uses_gradients and target.file is not None:
+            return [Way("on the file", target.file.logits, None)]
+        if target.network is not None:
+            modes = BACKWARDS if attack.uses_gradients and target.quantized else BACKWARDS[:1]
+            label = len(modes) > 1
+            return [self._way(mode if label else "", target.network, mode, attack) for mode in modes]
+        if not target.surrogates:
+            raise AttackError(
+                f"{attack.name} needs gradients, and a file has none; give a surrogate to search on (--surrogate), or "
+                "take an attack that only asks for answers, such as square"
+            )
+        surrogates = target.surrogates.items()
+        return [self._way(f"from {name}", network, "pass_through", attack) for name, network in surrogates]
+
+    def transfer(self) -> tuple[Attack, list[Way]]:
+        """The attack on other networks that is tried on this one: its float twin, if it is quantized; surrogates."""
+        target = self._target
+        attack = parse_attack(_TRANSFER_ATTACK)
+        assert isinstance(attack, Attack)
+        if target.network is None:
+            return attack, []  # every attack with gradients is one of transfer already
+        ways = [self._way("from its float twin", target.network, "unrounded", attack)] if target.quantized else []
+        return attack, ways + [
+            self._way(f"from {name}", network, "pass_through", attack) for name, network in target.surrogates.items()
+        ]
+
+    def _way(self, label: str, network: nn.Module, mode: Backward, attack: Attack) -> Way:
+        target, precision = self._target, self._precision
+        if precision == "bf16" and attack.needs_float32:
+            precision = "fp32"
+        search = self._copy(network, precision, apart=mode == "unrounded")
+        judge = None if search is target.network and target.file is None else self._verdicts
+        return Way(label, search, judge, partial(_prepared, search, mode, target.network))
+
+    def _verdicts(self, points: Tensor) -> Tensor:
+        if self._target.file is not None:
+            return self._target.file.labels(points)
+        assert self._target.network is not None
+        return predict(self._target.network, points, tile=_VERIFY_TILE).argmax(1)
+
+    def _copy(self, network: nn.Module, precision: Precision, *, apart: bool) -> nn.Module:
+        """Where to search; ``apart``: never the network itself, because it must judge at the same time."""
+        if precision == "exact" and not apart:
+            return network
+        key = id(network), precision
+        if key not in self._copies:
+            fast = fast_copy(network, precision) if precision != "exact" else network
+            self._copies[key] = fast if self._answers_alike(network, fast) else network
+        found = self._copies[key]
+        return copy.deepcopy(network) if apart and found is network else found
+
+    def _answers_alike(self, network: nn.Module, copied: nn.Module) -> bool:
+        try:
+            same = predict(network, self._images).argmax(1) == predict(copied, self._images).argmax(1)
+        except Exception:  # foreign code may refuse bfloat16 in any way it likes
+            return False
+        return bool(same.double().mean() >= _SAME_ANSWERS)
+
+
+@contextmanager
+def _prepared(search: nn.Module, mode: Backward, verifier: nn.Module | None) -> Iterator[None]:
+    """Weights rounded once, gradients as wanted; the verifier rounds as it is."""
+    judging = attacking(verifier) if verifier is not None and verifier is not search else nullcontext()
+    with judging, attacking(search, mode):
+        yield
+
+
+class _Bfloat16(nn.Module):
+    """A network in bfloat16, its last linear layer in float32: steps of a loss are smaller than bfloat16 can tell."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        last = [m for m in network.modules() if _is_linear(m)][-1:]
+        for layer in last:
+            layer.forward = partial(_in_float32, layer.forward)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """As the network."""
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits: Tensor = self.network(images)
+        return logits.float()
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or (isinstance(module, QuantizedLayer) and not module.is_conv)
+
+
+def _in_float32(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return forward(inputs.float())
+
+
+def fast_copy(network: nn.Module, precision: Precision) -> nn.Module:
+    """A copy that computes the same faster, to search on: BatchNorm folded where it can be, channels-last, and in
+    bfloat16 if asked for.
+    """
+    try:
+        has_norm = any(isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d) for m in network.modules())
+        copied: nn.Module = fold_batchnorm(network) if has_norm else copy.deepcopy(network)
+    except TraceError:
+        copied = copy.deepcopy(network)
+    for parameter in copied.parameters():
+        parameter.requires_grad_(False)
+    copied = channels_last(copied).eval()
+    return _Bfloat16(copied) if precision == "bf16" else copied
