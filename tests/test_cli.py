@@ -108,6 +108,7 @@ def pipeline(fake):
 COMMANDS = [
     "run",
     "report",
+    "evaluate",
     "verify",
     "bench",
     "recipes",

@@ -21,6 +21,7 @@ from coldforge.records import (
     AgreementRecord,
     CurvePoint,
     LatencyRecord,
+    MaskingRecord,
     PruningRatioRecord,
     Record,
     StageName,
@@ -61,7 +62,7 @@ def record(shop: Shop, made: Arrow, command: str = "") -> Record:
         classes=list(shop.data.classes),
         stage_keys={f"{stage.kind} {stage.label}": stage.key for stage in made},
         attacks={
-            name: parse_attack(name).model_dump() | {"gradients_of_quantized_networks": list(BACKWARDS)}
+            name: parse_attack(name).describe() | {"gradients_of_quantized_networks": list(BACKWARDS)}
             for name in recipe.evaluate.attacks
         },
         artifact_sha256=shop.result(file)["sha256"],
@@ -93,11 +94,20 @@ def _row(shop: Shop, made: Arrow, row: str) -> StageRecord:
         found = shop.result(made.evidence["agree"])
         agreed = AgreementRecord(clean=found["clean"], adversarial=found["adversarial"])
         notes += _warnings(cost, found)
+    robustness = shop.result(made.evidence[f"evaluate: {row}"])
+    disputed = robustness.pop("disputed")
+    if row == "artifact" and disputed:
+        notes.append(
+            f"{disputed} times an attack fooled the twin at a point where the file was right; it then went on until "
+            "the file was wrong too, or to its end"
+        )
+    checked = made.evidence.get(f"masking: {row}")
     return StageRecord(
         name=name,
         label=label,
         **{**cost, "pruning_ratio": PruningRatioRecord(**cost["pruning_ratio"])},
-        **shop.result(made.evidence[f"evaluate: {row}"]),
+        **robustness,
+        masking=MaskingRecord() if checked is None else MaskingRecord.model_validate(shop.result(checked)),
         latency_s=tuple(LatencyRecord(**timing) for timing in measured["latency"].get(row, [])),
         energy_j_per_image=energy.get("joules_per_image"),
         energy_method=energy.get("method", ""),

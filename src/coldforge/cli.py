@@ -18,6 +18,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from coldforge._version import __version__
 from coldforge.errors import ColdforgeError, Interrupted, RecipeError, UsageError
+from coldforge.evaluation.request import DEFAULTS, EXAMPLES, Request
 
 if TYPE_CHECKING:
     from coldforge.console import RichProgress
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from coldforge.store import Store
 
 CONTINUE = "interrupted; finished stages are kept; run the same command again to continue"
+CONTINUE_EVALUATION = "interrupted; finished images are kept; run the same command again to continue"
 
 app = App(
     name="coldforge",
@@ -32,7 +34,9 @@ app = App(
     help="Make a trained image classifier small, fast and hard to fool, and prove it on the ONNX file that ships.",
     help_epilogue="Start with: coldforge run\n\nAdd --debug to any command for the traceback of an error.",
     help_format="plaintext",
-    default_parameter=Parameter(negative="", show_default=lambda value: "" if value is False else str(value)),
+    default_parameter=Parameter(
+        negative="", show_default=lambda it: None if it is False or it in (None, "") else str(it)
+    ),
     suppress_keyboard_interrupt=False,
 )
 store_app = App(
@@ -53,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CycloptsError:  # said already
         return 2
     except (KeyboardInterrupt, Interrupted) as error:
-        return _fail(str(error) or (CONTINUE if words[:1] == ["run"] else "interrupted"), 130, debug)
+        ways = {"run": CONTINUE, "evaluate": CONTINUE_EVALUATION}
+        return _fail(str(error) or ways.get(next(iter(words), ""), "interrupted"), 130, debug)
     except ColdforgeError as error:
         return _fail(f"error: {error}", 2 if isinstance(error, (RecipeError, UsageError)) else 1, debug)
     except BrokenPipeError:  # the reader, such as head, has seen enough
@@ -172,6 +177,46 @@ def report(folder: Path, /) -> None:
     from coldforge.report.folder import draw
 
     sys.stdout.write(f"{draw(folder)}\n")
+
+
+# --- what does it withstand? -----------------------------------------------------------------------------------------
+
+
+@app.command(help_epilogue=EXAMPLES)
+def evaluate(
+    target: Path,
+    /,
+    *,
+    request: Annotated[Request, Parameter(name="*")] = DEFAULTS,
+    out: Path | None = None,
+    json: bool = False,
+    quiet: Annotated[bool, Parameter(alias="-q")] = False,
+) -> None:
+    """Attack a network or a file, and say what it withstands and whether that number holds.
+
+    Every verdict about a file is the file's. Stop with Ctrl-C whenever you like; the same command continues.
+
+    Args:
+        target: a folder of `coldforge run`, a checkpoint with --model, --mean and --std, or any .onnx classifier.
+        out: folder for evaluation.json, evaluation.html and ledger.parquet; default ./evaluation-NAME.
+        json: print the record as JSON instead of the table.
+        quiet: no progress; notes and errors only.
+    """
+    from coldforge.evaluation.job import evaluate_path
+    from coldforge.report.evaluation import draw_evaluation
+
+    folder = out or Path(f"evaluation-{target.resolve().name if target.is_dir() else target.stem}")
+    command = shlex.join(["coldforge", "evaluate", str(target), *request.words()])
+    with _progress(quiet) as progress:
+        record = evaluate_path(target, request, out=folder, progress=progress, command=command)
+        draw_evaluation(folder)
+    if json:
+        sys.stdout.write(record.to_json())
+        return
+    from coldforge.console import print_evaluation
+
+    print_evaluation(record)
+    sys.stdout.write("\nWritten:\n" + "".join(f"  {path}\n" for path in sorted(folder.iterdir())))
 
 
 # --- the file on its machine -----------------------------------------------------------------------------------------

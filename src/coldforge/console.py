@@ -24,6 +24,7 @@ from coldforge.store import Entry
 
 if TYPE_CHECKING:
     from coldforge.deploy.bench import BenchRow
+    from coldforge.records import EvaluationRecord
 
 LINE_EVERY_S = 15.0
 """Without a terminal, a stage that goes on says so at most this often."""
@@ -71,6 +72,17 @@ def print_bench(rows: Sequence[BenchRow]) -> None:
     print_table(headers, cells)
     methods = ", ".join(sorted({row.energy_method for row in rows}))
     sys.stdout.write(f"median: of one call; speed: compared with the first file; energy per image: {methods}\n")
+
+
+def print_evaluation(record: EvaluationRecord) -> None:
+    """The table of attacks, the result in a sentence, every warning, and the verdict of the masking checks."""
+    from coldforge.report.evaluation import cautions, evaluation_table, footnotes, headline, verdict_lines
+
+    stdout().print(evaluation_table(record))
+    warnings = [f"{title}. {sentence}" for title, sentence in cautions(record)]
+    notes = [f"Note: {note}." for note in record.notes]
+    lines = [headline(record), *warnings, *notes, "", *verdict_lines(record), "", *footnotes(record)]
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 def print_entries(entries: Sequence[Entry], as_json: bool) -> None:

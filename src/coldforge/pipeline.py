@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from coldforge import assemble, stages
-from coldforge.attacks import ThreatModel, parse_attack
+from coldforge.attacks import ThreatModel, parse_attack, parse_pgd
 from coldforge.data import DataSplits, load_data
 from coldforge.models import check_classifier, model_source
 from coldforge.progress import Progress, Step
@@ -47,9 +47,13 @@ def arrow(shop: Shop) -> Arrow:
     artifact = next(row for row, network in networks.items() if network is twin)
 
     evidence = {
-        f"evaluate: {row}": stages.evaluate(shop, network, row) for row, network in networks.items() if row != "parent"
+        f"evaluate: {row}": stages.evaluate(shop, network, row, parent=parent)
+        for row, network in networks.items()
+        if row != "parent"
     }
-    evidence["evaluate: artifact"] = stages.evaluate(shop, twin, "artifact", file=files[artifact])
+    evidence["evaluate: artifact"] = stages.evaluate(shop, twin, "artifact", parent=parent, file=files[artifact])
+    if recipe.evaluate.masking_n:
+        evidence["masking: artifact"] = stages.masking(shop, twin, "artifact", file=files[artifact])
     evidence["agree"] = stages.agree(shop, twin, files[artifact])
     shown = [row for row in ("tuned: natural", artifact) if row in networks]
     evidence["gallery"] = stages.gallery(shop, {assemble.LABELS[row][1]: networks[row] for row in shown})
@@ -113,8 +117,11 @@ def resolve(recipe: Recipe) -> Recipe:
         RecipeError: an attack is not known.
         AttackError: its steps cannot cross the ball.
     """
-    for name in (*recipe.evaluate.attacks, recipe.finetune.attack, recipe.reference.attack, recipe.model.train.attack):
-        parse_attack(name).step_size(ThreatModel.of(recipe.threat_model))
+    threat_model = ThreatModel.of(recipe.threat_model)
+    for name in recipe.evaluate.attacks:
+        parse_attack(name).check(threat_model)
+    for spec in (recipe.finetune, recipe.reference, recipe.model.train):
+        parse_pgd(spec.attack).check(threat_model)
     compute = recipe.compute
     threads = compute.threads or min(physical_cores(), 8)
     precision = compute.precision if compute.precision != "auto" else ("bf16" if has_bf16() else "fp32")

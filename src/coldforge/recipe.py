@@ -205,10 +205,12 @@ class FinetuneSpec(TrainSpec):
 class EvaluateSpec(Spec):
     """How accuracy and robustness are found."""
 
-    attacks: tuple[str, ...] = Field(default=("fgsm", "pgd-20"), min_length=1)
+    attacks: tuple[str, ...] = Field(default=("fgsm", "pgd-20", "autoattack-lite"), min_length=1)
     """Attacks run on every stage; worst_case is the point-wise worst of them and of the clean image."""
     n: int = Field(default=0, ge=0)
     """Test images to attack (0: all), taken from the front of the test set."""
+    masking_n: int = Field(default=100, ge=0)
+    """Test images on which the artifact's robust accuracy is checked for gradient masking (0: not checked)."""
 
 
 class DeploySpec(Spec):

@@ -7,7 +7,7 @@ accuracies are fractions, times are seconds, sizes are bytes, energy is joules.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -158,23 +158,118 @@ class Record(RecordModel):
         return self.model_dump_json(indent=2) + "\n"
 
 
+class TargetRecord(RecordModel):
+    """What ``coldforge evaluate`` was pointed at."""
+
+    path: str
+    """As the user named it."""
+    sha256: str
+    """Of the file that gave the verdicts, or of the weights where that was a network."""
+    kind: Literal["folder", "checkpoint", "onnx"]
+    """folder: what ``coldforge run`` wrote, judged by its file; checkpoint: a network with gradients; onnx: only a
+    file, a black box."""
+    architecture: str = ""
+    """Where the network comes from, such as zoo:cnn8; empty for a black box."""
+    weight_bits: int
+    """Of a black box: 8 where the runtime computes with integers, else 32."""
+    activation_bits: int
+    size_bytes: int
+    """Bytes of that file, or of the weights."""
+    surrogate: str = ""
+    """Path of the network on which gradient attacks searched, where the target has none."""
+    surrogate_sha256: str = ""
+
+
+class AttackedRecord(RecordModel):
+    """The images at the front of the test set that were attacked, before that."""
+
+    n: int
+    clean_accuracy: float
+    clean_ci95: tuple[float, float]
+
+
+class EvaluationRecord(RecordModel):
+    """One ``coldforge evaluate``: clean and robust accuracy of a network or a file, and whether the latter holds."""
+
+    schema_version: int = SCHEMA_VERSION
+    coldforge_version: str
+    provenance: dict[str, Any]
+    """As in :class:`Record`."""
+    target: TargetRecord
+    data: dict[str, Any]
+    """source, name, fingerprint (of the test images), test (how many), classes."""
+    threat_model: ThreatModelRecord
+    n: int
+    """Test images behind clean_accuracy."""
+    clean_accuracy: float
+    clean_ci95: tuple[float, float]
+    attacked: AttackedRecord
+    """The part of them behind robust_accuracy: compare with these."""
+    robust_accuracy: dict[str, float]
+    """Attack name to fraction; and worst_case: right when clean and under every attack run. An upper bound where images
+    are ``unfinished``."""
+    robust_n: dict[str, int]
+    robust_ci95: dict[str, tuple[float, float]]
+    broken: dict[str, int]
+    """Attack name, or worst_case, to how many images that were right when clean it made wrong."""
+    broken_by: dict[str, dict[str, int]] = {}
+    """The same, split by what did it: part of an ensemble and way, such as "square-500 on the file"."""
+    disputed: dict[str, int] = {}
+    """Attack name to how many images fooled the network it searched on and not the file, which has the last word."""
+    unfinished: dict[str, int] = {}
+    """Attack name to how many images the budget did not let it finish; they count as robust."""
+    per_class: dict[str, dict[str, float]]
+    """Class name to {"n", "n_attacked", "clean", "worst_case"}."""
+    budget_s: float = 0.0
+    """Seconds that the attacks were given; 0: as long as they took."""
+    seconds: float
+    """Wall time, without what an interrupted run spent before."""
+    masking: MaskingRecord = MaskingRecord()
+    attacks: dict[str, dict[str, Any]]
+    """Attack name to its settings and its version."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know."""
+
+    def to_json(self) -> str:
+        """Indented JSON that ends with a newline."""
+        return self.model_dump_json(indent=2) + "\n"
+
+
 def load_record(path: str | Path) -> Record:
     """Read ``record.json``, or the one inside a folder.
 
     Raises:
         UsageError: where there is none, or it is not a record of this schema.
     """
+    return _load(Record, path, "record", "run")
+
+
+def load_evaluation(path: str | Path) -> EvaluationRecord:
+    """Read ``evaluation.json``, or the one inside a folder.
+
+    Raises:
+        UsageError: where there is none, or it is not an evaluation of this schema.
+    """
+    return _load(EvaluationRecord, path, "evaluation", "evaluate")
+
+
+RecordT = TypeVar("RecordT", Record, EvaluationRecord)
+
+
+def _load(kind: type[RecordT], path: str | Path, name: str, command: str) -> RecordT:
     file = Path(path)
     if file.is_dir():
-        file = file / "record.json"
+        file = file / f"{name}.json"
+    article = "an" if name[0] in "aeiou" else "a"
     if not file.is_file():
         raise UsageError(
-            f"expected a record at {file}, found nothing; `coldforge run` writes one into its --out folder"
+            f"expected {article} {name} at {file}, found nothing; "
+            f"`coldforge {command}` writes one into its --out folder"
         )
     try:
-        record = Record.model_validate_json(file.read_bytes())
+        record = kind.model_validate_json(file.read_bytes())
     except ValidationError as error:
-        raise UsageError(f"{file} is not a coldforge record: {error.errors()[0]['msg']}") from None
+        raise UsageError(f"{file} is not a coldforge {name}: {error.errors()[0]['msg']}") from None
     if record.schema_version != SCHEMA_VERSION:
         raise UsageError(f"{file}: expected schema_version {SCHEMA_VERSION}, got {record.schema_version}")
     return record

@@ -60,7 +60,9 @@ def parse_pgd(name: str) -> PGD:
     """
     found = parse_attack(name)
     if not isinstance(found, PGD):
-        raise RecipeError(f"expected fgsm, fgsm-rs or pgd-K as an inner attack, got {name!r}, which is for evaluation only")
+        raise RecipeError(
+            f"expected fgsm, fgsm-rs or pgd-K as an inner attack, got {name!r}, which is for evaluation only"
+        )
     return found
 
 

@@ -2,10 +2,11 @@
 
 This layer reads only records (:mod:`coldforge.records`) and an examples file; nothing is measured here.
 
-    text      how numbers are written
-    table     the table of stages, for terminal and Markdown, and the one-sentence verdict
-    examples  adversarial examples and what the networks answer, kept as .safetensors
-    plots     static figures: adversarial.png and the trade-off
-    charts    the interactive trade-off plot and the inline SVG curves of the page
-    html      report.html
+    text        how numbers are written
+    table       the table of stages, for terminal and Markdown, and the one-sentence verdict
+    examples    adversarial examples and what the networks answer, kept as .safetensors
+    plots       static figures: adversarial.png and the trade-off
+    charts      the interactive trade-off plot and the inline SVG curves of the page
+    html        report.html
+    evaluation  the table, the sentences and evaluation.html of one ``coldforge evaluate``
 """

@@ -85,7 +85,7 @@ def render_report(record: Record, examples_png: bytes | None = None) -> str:
         "record": record,
         "stage": stage,
         "suspect": is_suspect(stage),
-        "headline": _unbroken(headline(record)),
+        "headline": unbroken(headline(record)),
         "title": str(record.recipe.get("name") or "coldforge"),
         "description": str(record.recipe.get("description") or ""),
         "cards": list(_cards(record, stage)),
@@ -107,12 +107,12 @@ def render_report(record: Record, examples_png: bytes | None = None) -> str:
         "latencies": [(item, speed(record, row)) for item in record.stages for row in item.latency_s],
         "attacks": [text.attack(name) for name in attacks(record)],
         "recipe_text": _recipe_text(record),
-        "facts": _facts(record.provenance),
-        "flags": _flags(record.provenance),
-        "versions": _mapping(record.provenance, "versions"),
-        "stage_keys": _mapping(record.provenance, "stage_keys"),
+        "facts": facts(record.provenance),
+        "flags": cpu_flags(record.provenance),
+        "versions": mapping(record.provenance, "versions"),
+        "stage_keys": mapping(record.provenance, "stage_keys"),
     }
-    return _environment().get_template("report.html").render(view)
+    return environment().get_template("report.html").render(view)
 
 
 def write_report(record: Record, out: str | Path, examples: Examples | None = None) -> Path:
@@ -144,15 +144,16 @@ def write_report(record: Record, out: str | Path, examples: Examples | None = No
 
 
 @cache
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """The templates of the pages, with the filters of :mod:`coldforge.report.text`."""
+    made = Environment(
         loader=PackageLoader("coldforge.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    made.filters |= {
         "percent": text.percent,
         "interval": text.interval,
         "seconds": text.seconds,
@@ -170,8 +171,8 @@ def _environment() -> Environment:
         "join_words": text.join,
         "throughput": _throughput,
     }
-    environment.globals |= {"text": text, "NONE": text.NONE}
-    return environment
+    made.globals |= {"text": text, "NONE": text.NONE}
+    return made
 
 
 def _plotly() -> Markup:
@@ -181,7 +182,7 @@ def _plotly() -> Markup:
     return Markup(str(get_plotlyjs()).replace("</script", r"<\/script"))
 
 
-def _unbroken(sentence: str) -> Markup:
+def unbroken(sentence: str) -> Markup:
     """Escaped, with "84.5 %" and "PGD-20" kept on one line."""
     return Markup(re.sub(r"\d[\d.,]* %|\b[A-Z]+-\w+", r'<span class="nowrap">\g<0></span>', str(escape(sentence))))
 
@@ -280,18 +281,20 @@ def _recipe_text(record: Record) -> str:
         return json.dumps(record.recipe, indent=2)
 
 
-def _mapping(provenance: dict[str, Any], key: str) -> dict[str, str]:
+def mapping(provenance: dict[str, Any], key: str) -> dict[str, str]:
+    """One table of the provenance, such as versions; empty where it has none."""
     found = provenance.get(key)
     return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
 
 
-def _flags(provenance: dict[str, Any]) -> list[str]:
+def cpu_flags(provenance: dict[str, Any]) -> list[str]:
+    """CPU flags in the provenance."""
     hardware = provenance.get("hardware")
     flags = hardware.get("flags", ()) if isinstance(hardware, dict) else ()
     return [str(flag) for flag in flags] if isinstance(flags, list | tuple) else []
 
 
-def _facts(provenance: dict[str, Any]) -> list[tuple[str, str]]:
+def facts(provenance: dict[str, Any]) -> list[tuple[str, str]]:
     """Everything plain in the provenance, as pairs for a list; what has a place of its own is left out."""
     own = {"versions", "stage_keys", "classes"}
     pairs: list[tuple[str, str]] = []

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 
 NONE = "–"
 """What stands where nothing was measured."""
 
-_ATTACKS = {"worst_case": "worst case", "autoattack": "AutoAttack", "square": "Square", "clean": "clean"}
+_ATTACKS = {
+    "worst_case": "worst case",
+    "autoattack": "AutoAttack",
+    "autoattack-lite": "autoattack-lite (cheaper cascade)",
+    "clean": "clean",
+}
 _RUNTIMES = {"pytorch": "PyTorch", "torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 _NORMS = {"linf": "L∞", "l2": "L2"}
 
@@ -146,12 +152,16 @@ def bits(weight: int, activation: int) -> str:
 
 
 def attack(name: str) -> str:
-    """An attack's name as people write it.
+    """An attack's name as people write it. The lite cascade is never written like AutoAttack.
 
-    >>> attack("pgd-20"), attack("worst_case"), attack("fgsm")
-    ('PGD-20', 'worst case', 'FGSM')
+    >>> attack("pgd-20"), attack("worst_case"), attack("fgsm"), attack("square-500")
+    ('PGD-20', 'worst case', 'FGSM', 'Square-500')
+    >>> attack("autoattack"), attack("autoattack-lite")
+    ('AutoAttack', 'autoattack-lite (cheaper cascade)')
     """
-    return _ATTACKS.get(name, name.upper() if name.lower().startswith(("pgd", "fgsm", "apgd", "fab")) else name)
+    if name.lower().startswith(("pgd", "fgsm", "apgd", "fab")):
+        return name.upper()
+    return _ATTACKS.get(name, name.capitalize() if re.fullmatch(r"square(-\d+)?", name) else name)
 
 
 def runtime(name: str) -> str:

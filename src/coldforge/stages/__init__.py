@@ -1,6 +1,6 @@
 """The stages of the arrow: plain functions from the shop and upstream stages to a declared :class:`Stage`."""
 
-from coldforge.stages.evidence import ONNX_FILE, agree, evaluate, export, gallery, measure
+from coldforge.stages.evidence import ONNX_FILE, agree, evaluate, export, gallery, masking, measure
 from coldforge.stages.networks import baseline, control, finetune, prune, quantize, reference
 from coldforge.stages.shop import Arrow, Shop, Stage, read_json
 
@@ -16,6 +16,7 @@ __all__ = [
     "export",
     "finetune",
     "gallery",
+    "masking",
     "measure",
     "prune",
     "quantize",

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from coldforge.attacks import parse_attack, predict
+from coldforge.attacks import Attack, Ensemble, as_parts, parse_attack, parse_pgd, predict
 from coldforge.compress import attacking, load_network, weight_bit_widths
 from coldforge.deploy import OnnxSession, agreement, export_onnx, int8_saturates, open_session, write_probe
-from coldforge.evaluate import BACKWARDS, summarize
+from coldforge.evaluate import Precision, Target, find_adversarial, masking_panel, summarize
 from coldforge.evaluate import evaluate as evaluate_network
 from coldforge.measure import count_macs, count_params, energy_per_image, measure_latency, packed_bytes
 from coldforge.provenance import hardware_fingerprint, versions
@@ -26,7 +26,9 @@ GALLERY_IMAGES = 8
 PROBE_IMAGES = 256
 LATENCY_BATCHES = (1, 64)
 LATENCY_SECONDS = 1.0
-_PGD20 = "pgd-20"
+_PGD20 = parse_pgd("pgd-20")
+_PANEL_PASSES = 1500
+"""Forward passes that the masking panel takes for an image, roughly."""
 
 
 def export(shop: Shop, network: Stage, what: str) -> Stage:
@@ -65,45 +67,94 @@ def export(shop: Shop, network: Stage, what: str) -> Stage:
     return shop.declare("export", f"export: {what}", spec, [network], build, reads_data=False, seconds=2.0)
 
 
-def evaluate(shop: Shop, network: Stage, what: str, *, file: Stage | None = None) -> Stage:
+def evaluate(shop: Shop, network: Stage, what: str, *, parent: Stage, file: Stage | None = None) -> Stage:
     """Accuracy and robustness of a network; with ``file``, of the file that was exported from it.
 
-    The attacks search on the network, which has gradients; with ``file`` every verdict is the file's, and an image
-    counts as broken only when the file is wrong too.
+    The attacks search on the network, which has gradients; with ``file`` every verdict is the file's, an image counts
+    as broken only when the file is wrong too, and attacks that need no gradients are run on the file itself. A
+    quantized network is also shown the images that fool its float twin and its float ``parent``.
     """
     recipe = shop.recipe
     attacks = [parse_attack(name) for name in recipe.evaluate.attacks]
+    transfers = recipe.quantize.enabled and what not in ("baseline", "reference")
 
     def build(folder: Path, report: Report) -> None:
         model, structure = shop.network(network)
-        judge = None
-        if file is not None:
-            # one thread: the threads of a second runtime would spin between its calls and slow the search
-            judge = OnnxSession(shop.folder(file) / ONNX_FILE, threads=1).labels
         ledger = evaluate_network(
-            model,
+            Target(model, _session(shop, file), {"its float parent": shop.network(parent)[0]} if transfers else {}),
             shop.data.test,
             attacks,
             shop.threat_model,
             n=recipe.evaluate.n,
             seed=recipe.seed,
-            judge=judge,
+            precision=_precision(shop),
+            checkpoint=folder / "checkpoint-ledger.jsonl",
             on_progress=report,
         )
         ledger.write(folder / "ledger.parquet")
-        found = summarize(ledger, structure.classes)
-        write_json(folder / "result.json", found.__dict__)
+        disputed = sum(int(column.sum()) for column in ledger.disputed.values())
+        write_json(folder / "result.json", {**summarize(ledger, structure.classes).__dict__, "disputed": disputed})
 
-    inputs = [network] if file is None else [network, file]
-    queries = sum(attack.restarts * (attack.steps + 1) for attack in attacks)
+    inputs = [network] + ([parent] if transfers else []) + ([file] if file is not None else [])
     images = recipe.evaluate.n or len(shop.data.test)
     macs = shop.dense_macs() if what in ("baseline", "reference") else shop.small_macs()
     broken = 0.3 if "adversarial" not in what and what not in ("artifact", "reference", "control") else 1.0
-    spec = [list(attacks), recipe.threat_model, recipe.evaluate.n, recipe.seed]
+    spec: list[object] = [
+        [attack.describe() for attack in attacks],
+        recipe.threat_model,
+        recipe.evaluate.n,
+        recipe.seed,
+    ]
     if file is not None:
         spec.append(versions().get("onnxruntime", ""))
     return shop.declare(
-        "evaluate", f"evaluate: {what}", spec, inputs, build, macs=broken * 4.0 * queries * images * macs
+        "evaluate",
+        f"evaluate: {what}",
+        spec,
+        inputs,
+        build,
+        macs=broken * images * macs * sum(_passes(attack) for attack in attacks),
+    )
+
+
+def masking(shop: Shop, network: Stage, what: str, *, file: Stage) -> Stage:
+    """Does the robust accuracy hold: the masking panel on the file and its twin."""
+    recipe = shop.recipe
+
+    def build(folder: Path, report: Report) -> None:
+        model, _ = shop.network(network)
+        test = shop.data.test.take(slice(0, recipe.evaluate.masking_n))
+        found = masking_panel(
+            Target(model, _session(shop, file)),
+            test.pixels(),
+            test.labels,
+            shop.threat_model,
+            seed=recipe.seed,
+            on_progress=report,
+        )
+        write_atomic(folder / "result.json", found.model_dump_json(indent=1) + "\n")
+
+    spec = [recipe.threat_model, recipe.evaluate.masking_n, recipe.seed, versions().get("onnxruntime", "")]
+    macs = 4.0 * _PANEL_PASSES * recipe.evaluate.masking_n * shop.small_macs()
+    return shop.declare("masking", f"masking panel: {what}", spec, [network, file], build, macs=macs)
+
+
+def _session(shop: Shop, file: Stage | None) -> OnnxSession | None:
+    """One thread: the threads of a second runtime would spin between its calls and slow the search."""
+    return None if file is None else OnnxSession(shop.folder(file) / ONNX_FILE, threads=1)
+
+
+def _precision(shop: Shop) -> Precision:
+    return "bf16" if shop.recipe.compute.precision == "bf16" else "fp32"
+
+
+def _passes(attack: Attack | Ensemble) -> float:
+    """Forward passes of an attack on an image that stands, gradients counted as two more."""
+    parts = as_parts(attack)
+    targets = [getattr(part, "n_targets", 1) if getattr(part, "loss", "") != "ce" else 1 for part in parts]
+    return sum(
+        part.restarts * count * part.steps * (3 if part.uses_gradients else 1)
+        for part, count in zip(parts, targets, strict=True)
     )
 
 
@@ -123,14 +174,14 @@ def agree(shop: Shop, network: Stage, file: Stage) -> Stage:
         attacked = slice(0, recipe.evaluate.n or len(test))
         with attacking(twin):
             clean_twin = predict(twin, images).argmax(1)
-            found = parse_attack(_PGD20)(
+            found = _PGD20(
                 twin,
                 images[attacked],
                 labels[attacked],
                 shop.threat_model,
                 seed=recipe.seed,
                 keep_last=True,
-                on_progress=lambda fraction: report(fraction, _PGD20),
+                on_progress=lambda fraction: report(fraction, _PGD20.name),
             )
             adversarial_twin = predict(twin, found.last).argmax(1)
         clean_file, adversarial_file = session.labels(images), session.labels(found.last)
@@ -169,17 +220,12 @@ def gallery(shop: Shop, networks: Mapping[str, Stage]) -> Stage:
         tensors = {"clean": images, "labels": labels}
         for label, stage in networks.items():
             network, _ = shop.network(stage)
-            adversarial, standing = images.clone(), torch.ones(len(images), dtype=torch.bool)
-            for backward in BACKWARDS:
-                with attacking(network, backward):
-                    found = parse_attack(_PGD20)(
-                        network, images, labels, shop.threat_model, seed=shop.recipe.seed, indices=chosen
-                    )
-                adversarial[standing] = found.adversarial[standing]
-                standing &= ~found.fooled
-            tensors[f"{label}/adversarial"] = adversarial
+            found = find_adversarial(
+                Target(network), _PGD20, images, labels, shop.threat_model, seed=shop.recipe.seed, indices=chosen
+            )
+            tensors[f"{label}/adversarial"] = found.adversarial
             tensors[f"{label}/clean_answer"] = predict(network, images).argmax(1)
-            tensors[f"{label}/adversarial_answer"] = predict(network, adversarial).argmax(1)
+            tensors[f"{label}/adversarial_answer"] = predict(network, found.adversarial).argmax(1)
         write_atomic(folder / "gallery.safetensors", save({name: part.contiguous() for name, part in tensors.items()}))
 
     spec = [list(networks), shop.recipe.threat_model, shop.recipe.seed]

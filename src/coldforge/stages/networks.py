@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from coldforge.attacks import parse_attack
+from coldforge.attacks import parse_pgd
 from coldforge.compress import Structure, save_network
 from coldforge.compress import build as build_network
 from coldforge.compress import prune as prune_channels
@@ -228,7 +228,7 @@ def _threat_of(shop: Shop, spec: TrainSpec) -> object:
 
 
 def _training_macs(shop: Shop, spec: TrainSpec, macs: float) -> float:
-    inner = parse_attack(spec.attack).steps if spec.objective == "adversarial" else 0
+    inner = parse_pgd(spec.attack).steps if spec.objective == "adversarial" else 0
     return len(shop.data.train) * spec.epochs * macs * (3 + 2 * inner)
 
 

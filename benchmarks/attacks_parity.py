@@ -1,0 +1,245 @@
+"""Are our attacks as strong as the reference implementation's, image by image?
+
+    COLDFORGE_CIFAR10=DIR python benchmarks/attacks_parity.py [--n 1000] [--peers] [--only apgd-t cifar10-resnet20]
+    python benchmarks/attacks_parity.py --table
+
+Every attack of the standard ensemble, and the ensemble, ours and the reference's (pyautoattack, or a clone of
+fra31/auto-attack with --reference DIR), on the same images of two robust networks, with two seeds; with --peers also
+torchattacks, ART and foolbox, and PGD-20, once. Robust accuracy is the share of all images that are right when clean
+and not fooled; the 95 % interval is that of the paired difference (Agresti and Min, *Simple improved confidence
+intervals for comparing matched proportions*, Statistics in Medicine 2005). Each result is written at once and skipped
+when it is there already, so the hours it takes need not be hours in a row; seconds are from that run, one after the
+other (attacks_speed.py takes turns).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peers import ATTACKS, NETWORKS, NOTES, OFFERS, Task, compare, load_task, version
+from torch import Tensor
+
+from coldforge.provenance import physical_cores, provenance
+from coldforge.sealed import write_atomic
+
+WITHIN, WEAKER = 0.3, 0.2
+"""Points: largest difference in either direction, and by how much the ensemble may be weaker."""
+Result = dict[str, Any]
+
+
+def to_hex(bits: Tensor) -> str:
+    """Bits ``(N,)`` as hexadecimal digits, the first image in the highest bit of the first byte."""
+    return np.packbits(bits.numpy()).tobytes().hex()
+
+
+def from_hex(text: str, n: int) -> np.ndarray:
+    """What :func:`to_hex` wrote, as bool ``(n,)``."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=n).astype(bool)
+
+
+def standing(result: Result, n: int = 0) -> np.ndarray:
+    """Which of the first ``n`` images (0: all) are right when clean and not fooled."""
+    fooled, right = (from_hex(result[bits], result["n"]) for bits in ("fooled", "right"))
+    return (right & ~fooled)[: n or None]
+
+
+def difference(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
+    """Difference of two paired fractions and its 95 % interval (Agresti and Min 2005), in points.
+
+    Half an image is added to each cell of the table of pairs, which keeps the interval honest where few pairs differ.
+    """
+    n = len(first)
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    apart, both = only_first - only_second, only_first + only_second
+    centre = apart / (n + 2)
+    spread = 1.96 * math.sqrt(both + 1 - apart**2 / (n + 2)) / (n + 2)
+    return 100 * apart / n, 100 * (centre - spread), 100 * (centre + spread)
+
+
+def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
+    """(network, attack, who, seed) that are wanted."""
+    only = set(arguments.only)
+    if unknown := only - {*NETWORKS, *ATTACKS, *OFFERS}:
+        raise SystemExit(
+            f"--only: unknown {', '.join(unknown)}; expected any of {', '.join([*NETWORKS, *ATTACKS, *OFFERS])}"
+        )
+
+    def wanted(choices: Iterable[str]) -> list[str]:
+        return [choice for choice in choices if choice in only or not only & set(choices)]
+
+    for network in wanted(NETWORKS):
+        for attack in wanted(ATTACKS):
+            for who in wanted(OFFERS):
+                peer = who not in ("ours", "reference") or attack == "pgd-20"
+                if attack in OFFERS[who] and (arguments.peers or not peer):
+                    yield from ((network, attack, who, seed) for seed in arguments.seeds[: 1 if peer else None])
+
+
+def is_same(result: Result, network: str, attack: str, who: str, seed: int, n: int, weights: str = "") -> bool:
+    """Whether a stored result is of this job, and of these weights."""
+    same = (result["network"], result["attack"], result["who"], result["seed"], result["n"])
+    return same == (network, attack, who, seed, n) and weights in ("", result["weights"])
+
+
+def run(task: Task, attack: str, who: str, seed: int, reference: str) -> Result:
+    """One result as it is stored."""
+    found = compare(who, attack, task, seed=seed, reference=reference)
+    n = len(task.labels)
+    origin = provenance(seed)
+    return {
+        "network": task.name,
+        "weights": task.digest,
+        "eps": task.threat_model.eps,
+        "attack": attack,
+        "who": who,
+        "version": version(who, reference),
+        "seed": seed,
+        "n": n,
+        "robust_accuracy": int((task.right & ~found.fooled).sum()) / n,
+        "clean_accuracy": int(task.right.sum()) / n,
+        "outside": found.outside,
+        "seconds": found.seconds,
+        "threads": torch.get_num_threads(),
+        "forward_images": found.forward,
+        "gradient_images": found.backward,
+        "batch": found.batch,
+        "note": NOTES.get((who, attack), ""),
+        "fooled": to_hex(found.fooled),
+        "right": to_hex(task.right),
+        "git_commit": origin["git_commit"],
+        "git_dirty": origin["git_dirty"],
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def verdicts(results: list[Result]) -> Iterator[dict[str, Any]]:
+    """Ours against the reference wherever both were run on the same images with the same seed."""
+    for ours in results:
+        for theirs in results:
+            job = (ours["network"], ours["attack"], "reference", ours["seed"], ours["n"], ours["weights"])
+            if ours["who"] != "ours" or not is_same(theirs, *job):
+                continue
+            points, low, high = difference(standing(ours), standing(theirs))
+            is_ensemble = ours["attack"] == "autoattack"
+            passed = abs(points) <= WITHIN + 1e-9 and not (is_ensemble and points > WEAKER + 1e-9)
+            yield {
+                **{key: ours[key] for key in ("network", "attack", "seed", "n")},
+                "ours": ours["robust_accuracy"],
+                "reference": theirs["robust_accuracy"],
+                "difference_points": points,
+                "ci95_points": (low, high),
+                "passed": passed,
+            }
+
+
+def place(result: Result) -> tuple[int, ...]:
+    """Where a result stands in the table."""
+    network, attack, who = [*NETWORKS].index(result["network"]), ATTACKS.index(result["attack"]), result["who"]
+    return network, attack, [*OFFERS].index(who), result["seed"], result["n"]
+
+
+def table(record: dict[str, Any]) -> str:
+    """The record as Markdown: ours against the reference, then everybody side by side."""
+    lines = [
+        f"Clean and robust: right under the attack, of all images. Within: at most {WITHIN} points apart, the ensemble "
+        f"not more than {WEAKER} weaker.",
+        "",
+        "| network | attack | seed | n | ours % | reference % | ours - reference, points [95 %] | within |",
+        "|---|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in verdicts(record["results"]):
+        low, high = row["ci95_points"]
+        lines.append(
+            f"| {row['network']} | {row['attack']} | {row['seed']} | {row['n']} | {100 * row['ours']:.1f} "
+            f"| {100 * row['reference']:.1f} | {row['difference_points']:+.2f} [{low:+.2f}, {high:+.2f}] "
+            f"| {'yes' if row['passed'] else '**no**'} |"
+        )
+    lines += [
+        "",
+        "| network | attack | who | seed | n | robust % | ours on the same images % | seconds "
+        "| forward passes an image | gradients an image | note |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    places = [*NETWORKS], [*ATTACKS], [*OFFERS]
+    keys = "network", "attack", "who"
+    ordered = sorted(
+        record["results"],
+        key=lambda result: [
+            *(place.index(result[key]) for place, key in zip(places, keys, strict=True)),
+            result["seed"],
+        ],
+    )
+    for result in ordered:
+        same = [
+            ours
+            for ours in record["results"]
+            if ours["who"] == "ours"
+            and all(ours[key] == result[key] for key in ("network", "attack", "seed", "weights"))
+            and ours["n"] >= result["n"]
+        ]
+        beside = f"{100 * standing(same[0], result['n']).mean():.1f}" if same and result["who"] != "ours" else ""
+        note = result["note"] + (f" {result['outside']} outside the ball" if result["outside"] else "")
+        lines.append(
+            f"| {result['network']} | {result['attack']} | {result['version']} | {result['seed']} | {result['n']} "
+            f"| {100 * result['robust_accuracy']:.1f} | {beside} | {result['seconds']:.0f} "
+            f"| {result['forward_images'] / result['n']:.0f} | {result['gradient_images'] / result['n']:.0f} | {note} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is missing, and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, default=1000, help="test images, from the first on")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--peers", action="store_true", help="torchattacks, ART, foolbox and PGD-20 too, first seed")
+    parser.add_argument("--only", nargs="+", default=[], help="networks, attacks and names that are to be run")
+    parser.add_argument("--again", action="store_true", help="run and replace what is there already")
+    parser.add_argument("--reference", default="", help="folder with a clone of fra31/auto-attack")
+    parser.add_argument("--threads", type=int, default=physical_cores())
+    parser.add_argument("--table", action="store_true", help="print the record as Markdown and run nothing")
+    parser.add_argument("--out", type=Path, default=Path("results/attacks_parity.json"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    record = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"results": []}
+    if arguments.table:
+        print(table(record))
+        return
+    tasks: dict[str, Task] = {}
+    for network, attack, who, seed in jobs(arguments):
+        if network not in tasks:
+            tasks[network] = load_task(network, arguments.n)
+        task = tasks[network]
+        job = network, attack, who, seed, arguments.n
+        present = [result for result in record["results"] if is_same(result, *job, task.digest)]
+        name = f"{network:18} {attack:10} {who:12} seed {seed}"
+        if present and not arguments.again:
+            print(f"{name}  {100 * present[0]['robust_accuracy']:5.1f} %  (there already)", flush=True)
+            continue
+        result = run(task, attack, who, seed, arguments.reference)
+        kept = [old for old in record["results"] if not is_same(old, *job)]
+        record = {"results": [*kept, result], "provenance": provenance(seed, ["python", *sys.argv])}
+        record["verdicts"] = list(verdicts(record["results"]))
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(arguments.out, json.dumps(record, indent=1) + "\n")
+        passes, gradients = (result[f"{what}_images"] / result["n"] for what in ("forward", "gradient"))
+        cost = f"{result['seconds']:7.1f} s  {passes:.0f} passes, {gradients:.0f} gradients an image"
+        print(f"{name}  {100 * result['robust_accuracy']:5.1f} %  {cost}", flush=True)
+    for row in record.get("verdicts", []):
+        low, high = row["ci95_points"]
+        apart = f"{row['difference_points']:+.2f} points [{low:+.2f}, {high:+.2f}]"
+        name = f"{row['network']:18} {row['attack']:10} seed {row['seed']} n {row['n']}"
+        print(f"{name}: ours - reference {apart}: {'within' if row['passed'] else 'NOT WITHIN'} {WITHIN}")
+
+
+if __name__ == "__main__":
+    main()

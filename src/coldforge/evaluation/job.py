@@ -1,0 +1,250 @@
+"""The evaluation itself, and the folder it leaves: evaluation.json and ledger.parquet."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coldforge._version import __version__
+from coldforge.assemble import check_writable
+from coldforge.attacks import TILE, Attack, as_parts, predict
+from coldforge.errors import StoreError, UsageError
+from coldforge.evaluate import WORST_CASE, Ledger, Precision, evaluate, masking_panel, summarize, wilson_interval
+from coldforge.evaluation.request import Request
+from coldforge.evaluation.subject import Subject, load_subject
+from coldforge.progress import Progress, Step
+from coldforge.provenance import has_bf16, physical_cores, provenance, versions
+from coldforge.records import AttackedRecord, EvaluationRecord, MaskingRecord, ThreatModelRecord
+from coldforge.spec import spec_hash
+from coldforge.store import write_atomic
+
+RECORD, LEDGER = "evaluation.json", "ledger.parquet"
+ATTACKING, CHECKING = "attack", "masking checks"
+
+
+def evaluate_path(
+    path: Path, request: Request, *, out: Path, progress: Progress | None = None, command: str = ""
+) -> EvaluationRecord:
+    """Evaluate what ``path`` names, and write the record and the ledger into ``out``.
+
+    The same call again after a kill continues with the image where it stopped.
+
+    Args:
+        path: a folder of ``coldforge run``, a checkpoint, or an ONNX file.
+        request: the options.
+        out: a folder of its own; made if missing.
+        progress: told of the two stages, attack and masking checks.
+        command: the command line, for provenance.
+
+    Returns:
+        The record, as written.
+
+    Raises:
+        ColdforgeError: the message says what was expected, what was found and what to do.
+    """
+    progress = progress or Progress()
+    begin = time.monotonic()
+    threads = request.threads or min(physical_cores(), 8)
+    precision: Precision = ("bf16" if has_bf16() else "fp32") if request.precision == "auto" else request.precision
+    budget_s = request.budget_s
+    with _torch_threads(threads):
+        subject = load_subject(path, request, threads=threads)
+        _prepare(out)
+        n = min(request.n, len(subject.data)) if request.n else len(subject.data)
+        checkpoint = out / f"unfinished-{_key(subject, request, [n, threads, precision])[:16]}"
+        progress.plan(_plan(subject, request, n, budget_s))
+
+        progress.begin(ATTACKING)
+        ledger = evaluate(
+            subject.target,
+            subject.data,
+            subject.attacks,
+            subject.threat_model,
+            n=n,
+            seed=request.seed,
+            precision=precision,
+            budget_s=budget_s,
+            checkpoint=checkpoint,
+            on_progress=progress.advance,
+        )
+        progress.end(ATTACKING)
+        masking = _masking(subject, request, progress)
+    seconds = time.monotonic() - begin
+    origin = provenance(request.seed, command, threads=threads, precision=precision)
+    record = _record(subject, request, ledger, masking, origin, seconds)
+    _write(out, record, ledger)
+    for leftover in out.glob(f"{checkpoint.name}*"):
+        leftover.unlink()
+    return record
+
+
+def _masking(subject: Subject, request: Request, progress: Progress) -> MaskingRecord:
+    if request.no_masking:
+        return MaskingRecord()
+    progress.begin(CHECKING)
+    part = subject.data.take(slice(request.masking_n))
+    masking = masking_panel(
+        subject.target,
+        part.pixels(),
+        part.labels,
+        subject.threat_model,
+        seed=request.seed,
+        on_progress=progress.advance,
+    )
+    progress.end(CHECKING)
+    return masking
+
+
+def _record(
+    subject: Subject,
+    request: Request,
+    ledger: Ledger,
+    masking: MaskingRecord,
+    origin: dict[str, Any],
+    seconds: float,
+) -> EvaluationRecord:
+    threat = subject.threat_model
+    robustness = summarize(ledger, subject.data.classes)
+    return EvaluationRecord(
+        coldforge_version=__version__,
+        provenance=origin,
+        target=subject.record,
+        data=subject.data_record,
+        threat_model=ThreatModelRecord(norm=threat.norm, eps=threat.eps, eps_255=threat.eps * 255, box=threat.box),
+        **vars(robustness),
+        attacked=_attacked(ledger),
+        broken=_broken(ledger),
+        broken_by={name: dict(Counter(filter(None, by))) for name, by in ledger.by.items()},
+        disputed=_disputed(ledger),
+        unfinished=ledger.unfinished,
+        budget_s=request.budget_s,
+        seconds=seconds,
+        masking=masking,
+        attacks={attack.name: attack.describe() for attack in subject.attacks},
+        notes=(*subject.notes, *_doubts(robustness.clean_accuracy, len(subject.data.classes))),
+    )
+
+
+def _attacked(ledger: Ledger) -> AttackedRecord:
+    n = len(ledger.survived(WORST_CASE))
+    right = int(ledger.right[:n].sum())
+    return AttackedRecord(n=n, clean_accuracy=right / n, clean_ci95=wilson_interval(right, n))
+
+
+def _broken(ledger: Ledger) -> dict[str, int]:
+    """Images that were right when clean and are wrong under the attack."""
+    found = {}
+    for name in [*ledger.fooled, WORST_CASE]:
+        survived = ledger.survived(name)
+        found[name] = int((ledger.right[: len(survived)] & ~survived).sum())
+    return found
+
+
+def _disputed(ledger: Ledger) -> dict[str, int]:
+    """Images that fooled only the network on which was searched."""
+    counts = {name: int((disputed & ledger.survived(name)).sum()) for name, disputed in ledger.disputed.items()}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _doubts(clean_accuracy: float, classes: int) -> list[str]:
+    if clean_accuracy >= 1.5 / classes:
+        return []
+    return [
+        f"the clean accuracy is hardly above chance ({1 / classes:.1%} for {classes} classes): does this network take "
+        "pixels in [0, 1], and are its classes in the order of the data's"
+    ]
+
+
+# --- continuing ------------------------------------------------------------------------------------------------------
+
+
+def _key(subject: Subject, request: Request, resolved: list[object]) -> str:
+    """Names everything that decides the verdicts, so that a checkpoint of another evaluation is never continued."""
+    return spec_hash(
+        subject.record.model_dump(exclude={"path", "surrogate"}),
+        subject.data.fingerprint,
+        vars(subject.threat_model),
+        {attack.name: attack.describe() for attack in subject.attacks},
+        [*resolved, request.seed, request.mean, request.std, request.key_prefix],
+        versions(),
+    )
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+_BACKWARD = 3.0
+"""Time of a pass that also gives gradients, in forward passes."""
+_STANDING = 0.6
+"""Part of the images that are attacked to the end, roughly."""
+_PANEL_PASSES = (1500.0, 1100.0)
+"""Forward passes of the masking panel for each tile of images, without and with gradients, at most."""
+
+
+def _plan(subject: Subject, request: Request, n: int, budget_s: float) -> list[Step]:
+    seconds = _pass_seconds(subject)
+    ways = 2 if subject.target.quantized else 1
+    classes = len(subject.data.classes)
+    passes = sum(_passes(part, classes) for attack in subject.attacks for part in as_parts(attack))
+    attacking = seconds * (len(subject.data) / TILE + ways * passes * max(_STANDING * n / TILE, 1.0))
+    steps = [Step(ATTACKING, min(attacking, budget_s) if budget_s else attacking)]
+    if not request.no_masking:
+        tiles = max(min(request.masking_n, len(subject.data)) / TILE, 1.0)
+        blind, seeing = _PANEL_PASSES
+        seeing *= ways if subject.target.network is not None else 0
+        steps.append(Step(CHECKING, _STANDING * seconds * tiles * (blind + _BACKWARD * seeing)))
+    return steps
+
+
+def _passes(attack: Attack, classes: int) -> float:
+    """Forward passes of one image that stands, or the time of so many."""
+    return attack.runs(classes) * (attack.steps + 1) * (_BACKWARD if attack.uses_gradients else 1.0)
+
+
+def _pass_seconds(subject: Subject) -> float:
+    """Time of one forward pass of a tile."""
+    target = subject.target
+    images = subject.data.pixels(torch.arange(TILE) % len(subject.data))
+    model = target.network if target.network is not None else target.file.logits if target.file else None
+    assert model is not None
+    spent = []
+    for _ in range(2):  # the first one warms up
+        begin = time.monotonic()
+        predict(model, images)
+        spent.append(time.monotonic() - begin)
+    return min(spent)
+
+
+# --- the folder ------------------------------------------------------------------------------------------------------
+
+
+def _prepare(out: Path) -> None:
+    if (out / "record.json").exists():
+        raise UsageError(f"--out: expected a folder of its own, got {out}, which holds a run; leave --out away")
+    check_writable(out)
+
+
+def _write(out: Path, record: EvaluationRecord, ledger: Ledger) -> None:
+    """The record last: where it is, the ledger is its own."""
+    try:
+        for stale in (RECORD, "evaluation.html"):  # a kill must not leave them beside another ledger
+            (out / stale).unlink(missing_ok=True)
+        write_atomic(out / LEDGER, ledger.write)
+        write_atomic(out / RECORD, record.to_json())
+    except OSError as error:
+        raise StoreError(f"cannot write the results into {out}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
