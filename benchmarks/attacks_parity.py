@@ -69,9 +69,8 @@ def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
     """(network, attack, who, seed) that are wanted."""
     only = set(arguments.only)
     if unknown := only - {*NETWORKS, *ATTACKS, *OFFERS}:
-        raise SystemExit(
-            f"--only: unknown {', '.join(unknown)}; expected any of {', '.join([*NETWORKS, *ATTACKS, *OFFERS])}"
-        )
+        known = ", ".join([*NETWORKS, *ATTACKS, *OFFERS])
+        raise SystemExit(f"--only: unknown {', '.join(unknown)}; expected any of {known}")
 
     def wanted(choices: Iterable[str]) -> list[str]:
         return [choice for choice in choices if choice in only or not only & set(choices)]
@@ -92,7 +91,8 @@ def is_same(result: Result, network: str, attack: str, who: str, seed: int, n: i
 
 def run(task: Task, attack: str, who: str, seed: int, reference: str) -> Result:
     """One result as it is stored."""
-    found = compare(who, attack, task, seed=seed, reference=reference)
+    ours = who == "ours"  # as it is run by coldforge; the others get the same function, quicker
+    found = compare(who, attack, task, seed=seed, helped=ours, folded=not ours, reference=reference)
     n = len(task.labels)
     origin = provenance(seed)
     return {
@@ -122,13 +122,21 @@ def run(task: Task, attack: str, who: str, seed: int, reference: str) -> Result:
 
 
 def verdicts(results: list[Result]) -> Iterator[dict[str, Any]]:
-    """Ours against the reference wherever both were run on the same images with the same seed."""
-    for ours in results:
+    """Ours against the reference wherever both were run on the same images with the same seed.
+
+    The yardstick beside it is how far the reference is from itself with another seed.
+    """
+    for ours in sorted(results, key=place):
         for theirs in results:
             job = (ours["network"], ours["attack"], "reference", ours["seed"], ours["n"], ours["weights"])
             if ours["who"] != "ours" or not is_same(theirs, *job):
                 continue
             points, low, high = difference(standing(ours), standing(theirs))
+            again = [
+                difference(standing(theirs), standing(other))[0]
+                for other in results
+                if other["seed"] != ours["seed"] and is_same({**other, "seed": ours["seed"]}, *job)
+            ]
             is_ensemble = ours["attack"] == "autoattack"
             passed = abs(points) <= WITHIN + 1e-9 and not (is_ensemble and points > WEAKER + 1e-9)
             yield {
@@ -137,6 +145,7 @@ def verdicts(results: list[Result]) -> Iterator[dict[str, Any]]:
                 "reference": theirs["robust_accuracy"],
                 "difference_points": points,
                 "ci95_points": (low, high),
+                "reference_between_seeds_points": again,
                 "passed": passed,
             }
 
@@ -150,17 +159,19 @@ def place(result: Result) -> tuple[int, ...]:
 def table(record: dict[str, Any]) -> str:
     """The record as Markdown: ours against the reference, then everybody side by side."""
     lines = [
-        f"Clean and robust: right under the attack, of all images. Within: at most {WITHIN} points apart, the ensemble "
-        f"not more than {WEAKER} weaker.",
+        f"Right when clean and under the attack, % of all images. Within: at most {WITHIN} points apart, and the "
+        f"ensemble not more than {WEAKER} weaker.",
         "",
-        "| network | attack | seed | n | ours % | reference % | ours - reference, points [95 %] | within |",
-        "|---|---|---:|---:|---:|---:|---:|---|",
+        "| network | attack | seed | n | ours % | reference % | ours - reference, points [95 %] "
+        "| reference - itself, other seed | within |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in verdicts(record["results"]):
         low, high = row["ci95_points"]
         lines.append(
             f"| {row['network']} | {row['attack']} | {row['seed']} | {row['n']} | {100 * row['ours']:.1f} "
             f"| {100 * row['reference']:.1f} | {row['difference_points']:+.2f} [{low:+.2f}, {high:+.2f}] "
+            f"| {', '.join(f'{points:+.2f}' for points in row['reference_between_seeds_points'])} "
             f"| {'yes' if row['passed'] else '**no**'} |"
         )
     lines += [
@@ -169,16 +180,7 @@ def table(record: dict[str, Any]) -> str:
         "| forward passes an image | gradients an image | note |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
-    places = [*NETWORKS], [*ATTACKS], [*OFFERS]
-    keys = "network", "attack", "who"
-    ordered = sorted(
-        record["results"],
-        key=lambda result: [
-            *(place.index(result[key]) for place, key in zip(places, keys, strict=True)),
-            result["seed"],
-        ],
-    )
-    for result in ordered:
+    for result in sorted(record["results"], key=place):
         same = [
             ours
             for ours in record["results"]
@@ -190,7 +192,7 @@ def table(record: dict[str, Any]) -> str:
         note = result["note"] + (f" {result['outside']} outside the ball" if result["outside"] else "")
         lines.append(
             f"| {result['network']} | {result['attack']} | {result['version']} | {result['seed']} | {result['n']} "
-            f"| {100 * result['robust_accuracy']:.1f} | {beside} | {result['seconds']:.0f} "
+            f"| {100 * result['robust_accuracy']:.1f} | {beside} | {result['seconds']:.1f} "
             f"| {result['forward_images'] / result['n']:.0f} | {result['gradient_images'] / result['n']:.0f} | {note} |"
         )
     return "\n".join(lines)
@@ -238,7 +240,8 @@ def main() -> None:
         low, high = row["ci95_points"]
         apart = f"{row['difference_points']:+.2f} points [{low:+.2f}, {high:+.2f}]"
         name = f"{row['network']:18} {row['attack']:10} seed {row['seed']} n {row['n']}"
-        print(f"{name}: ours - reference {apart}: {'within' if row['passed'] else 'NOT WITHIN'} {WITHIN}")
+        bounds = f"{WITHIN} points" + (f", not more than {WEAKER} weaker" if row["attack"] == "autoattack" else "")
+        print(f"{name}: ours - reference {apart}: {'within' if row['passed'] else 'NOT WITHIN'} {bounds}")
 
 
 if __name__ == "__main__":
