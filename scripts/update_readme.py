@@ -2,7 +2,8 @@
 """Write the tables of README.md and docs/ from the records they name: `python scripts/update_readme.py [--check]`.
 
 A table stands between `<!-- KIND: PATH -->` and `<!-- end -->`. PATH is a JSON file, from the root of the repository.
-KIND is `table` (a record.json), `latency` or `clipping` (by the benchmarks of that name).
+KIND is `table` (a record.json), `latency`, `clipping`, `attack_parity`, `attack_speed` or `int4` (by the benchmarks of
+that name).
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from coldforge.records import load_record
 from coldforge.report.table import headline, summary_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "results/README.md", "docs/architecture.md")
+PAGES = ("README.md", "results/README.md", "docs/architecture.md", "docs/evidence.md", "docs/int4.md")
 TABLE = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def filled(text: str) -> str:
     """The page with every table made anew from its file."""
-    kinds = {"table": stages, "latency": latency, "clipping": clipping}
+    kinds = {"table": stages, "latency": latency, "clipping": clipping, "int4": int4}
+    kinds |= {"attack_parity": attack_parity, "attack_speed": attack_speed}
     return TABLE.sub(lambda match: f"{match[1]}{kinds[match[2]](ROOT / match[3])}\n{match[4]}", text)
 
 
@@ -58,6 +60,47 @@ def clipping(path: Path) -> str:
         f"| {what} | " + " | ".join(f"{100 * row[name]:.1f}" for name in names) + " |" for what, row in rows.items()
     ]
     return "\n".join(lines)
+
+
+def attack_parity(path: Path) -> str:
+    """Ours against the reference, image by image."""
+    lines = ["| network | attack | seed | n | ours % | reference % | difference, points |", "|---|---|---:|---:|---:|---:|---|"]
+    for row in json.loads(path.read_text(encoding="utf-8"))["verdicts"]:
+        low, high = row["ci95_points"]
+        lines.append(
+            f"| {row['network']} | {row['attack']} | {row['seed']} | {row['n']} | {100 * row['ours']:.1f} "
+            f"| {100 * row['reference']:.1f} | {row['difference_points']:+.1f} [{low:+.1f}, {high:+.1f}] |"
+        )
+    return "\n".join(lines)
+
+
+def attack_speed(path: Path) -> str:
+    """Seconds of everybody on the same images, and how many times longer than ours."""
+    lines = ["| network | attack | who | how | seconds | times ours | stand % |", "|---|---|---|---|---:|---:|---:|"]
+    for run in json.loads(path.read_text(encoding="utf-8"))["runs"]:
+        for row in run["rows"]:
+            lines.append(
+                f"| {run['network']} ({run['n']} images) | {run['attack']} | {row['version']} | {row['how']} "
+                f"| {row['median_s']:.1f} | {row['slower_than_ours_bf16']:.2f} | {100 * row['robust']:.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def int4(path: Path) -> str:
+    """What attacks and the masking panel say of a 4-bit network, through two kinds of rounding."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    names = list(dict.fromkeys(name for row in rows.values() for name in row["accuracy"]))
+    lines = ["| % | " + " | ".join(rows) + " |", "|---|" + "---:|" * len(rows)]
+    for name in names:
+        shown = (f"{100 * row['accuracy'][name]:.1f}" if name in row["accuracy"] else "–" for row in rows.values())
+        lines.append(f"| {name} | {' | '.join(shown)} |")
+    lines += ["| **verdict** | " + " | ".join(f"**{row['verdict']}**" for row in rows.values()) + " |", ""]
+    for label, row in rows.items():
+        failed = [check for check in row["checks"] if not check["passed"]]
+        lines += [f"Failed checks, {label}: {len(failed)} of {len(row['checks'])}.", ""] if failed else []
+        lines += [f"- `{check['name']}`: {check['meaning']}" for check in failed]
+        lines += [""] if failed else []
+    return "\n".join(lines).rstrip()
 
 
 def main() -> int:

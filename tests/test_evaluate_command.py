@@ -93,7 +93,7 @@ def test_every_robust_accuracy_is_printed_with_its_flags(
         assert "suspect" in row
     assert "It stays right on 61.0 % (suspect, bounded by budget) of 100" in out
     assert "12 of 100 images not finished" in out
-    assert "In 20 min, 12 of 100 images were not finished by autoattack-lite (cheaper cascade)" in out
+    assert "In 20 min, 12 of 100 images were not finished by AA-lite" in out
     assert "Masking checks: suspect; 1 of 2 passed." in out
     assert "failed: square: 0.200 against 0.0200. square breaks more" in out
     assert "AutoAttack " not in out, "the lite cascade is not AutoAttack"

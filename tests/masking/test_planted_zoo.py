@@ -76,14 +76,12 @@ class After(nn.Module):
 
 
 class RandomResizing(Before):
-    """Xie et al. 2018: a random size, a random place."""
+    """To a random size and back (Xie et al. 2018, without their padding)."""
 
     def change(self, images: Tensor) -> Tensor:
-        side = int(torch.randint(14, 18, ()))
-        top, left = (int(torch.randint(0, 19 - side, ())) for _ in range(2))
+        side = int(torch.randint(15, 22, ()))
         resized = F.interpolate(images, size=(side, side), mode="bilinear")
-        padded = F.pad(resized, (left, 18 - side - left, top, 18 - side - top))
-        return F.interpolate(padded, size=(14, 14), mode="bilinear")
+        return F.interpolate(resized, size=(14, 14), mode="bilinear")
 
 
 class TestTimeNoise(Before):

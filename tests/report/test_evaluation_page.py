@@ -231,7 +231,7 @@ def test_a_budget_that_ran_out_flags_the_attack_and_the_worst_case_only() -> Non
     }
     assert "70.9 % (bounded by budget) of 1,000" in headline(record)
     whole = (
-        "In 20 min, 212 of 1,000 images were not finished by autoattack-lite (cheaper cascade); these count as robust"
+        "In 20 min, 212 of 1,000 images were not finished by AA-lite; these count as robust"
     )
     assert whole in page.text
     assert whole in dict(cautions(record))["Bounded by budget"]
@@ -261,7 +261,7 @@ def test_suspect_names_the_failed_checks_first() -> None:
 def test_the_lite_cascade_is_never_called_autoattack() -> None:
     record = sample()
     words = Page(render_evaluation(record)).text
-    assert "autoattack-lite (cheaper cascade)" in words
+    assert "AA-lite" in words
     for sentence in re.findall(r"[^.:]*\bAutoAttack\b[^.]*\.", words):
         assert re.search(r"weaker|not be compared", sentence), sentence
     whole = {name: value for name, value in record.robust_accuracy.items() if "lite" not in name}

@@ -25,6 +25,8 @@ from coldforge.attacks.threat import ThreatModel
 from coldforge.spec import Spec
 
 _PROGRESS_PASSES = 8
+_DOUBT = 0.01
+"""A judge is also asked where the margin is smaller than ever before and than this part of the range of the logits."""
 
 
 @dataclass
@@ -152,7 +154,8 @@ class Attack(Spec, ABC):
             indices: what the images are called, ``(N,)``; an image draws the same numbers wherever it stands. Default:
                 their position.
             judge: who has the last word. With it, an image is fooled only when the judge is wrong, and the search
-                goes on until then. The judge is asked where the model is wrong, and about the very last point.
+                goes on until then. The judge is asked where the model is wrong or nearly so, and about the very last
+                point.
             keep_last: also run every image to its last iterate and return that.
             on_progress: called with the finished fraction.
             on_done: called with the result, as far as it is filled in, and the positions of images just finished.
@@ -233,11 +236,14 @@ class Attack(Spec, ABC):
         rows = busy.nonzero()[:, 0]
         at = image[rows]
         result.queries[at] += 1
-        result.margin[at] = torch.minimum(result.margin[at], margins(slots.logits[rows], slots.labels[rows]))
+        margin = margins(slots.logits, slots.labels)
+        lowest = busy & (margin < result.margin[image])
+        result.margin[at] = torch.minimum(result.margin[at], margin[rows])
         very_last = ended & (slots.run == runs - 1)
         wrong = busy & (slots.logits.argmax(1) != slots.labels)
         slots.refused = torch.zeros_like(wrong)
-        asked = (wrong if judge is None else wrong | very_last).nonzero()[:, 0]
+        unsure = lowest & (margin < _DOUBT * (slots.logits.amax(1) - slots.logits.amin(1)))
+        asked = (wrong if judge is None else wrong | very_last | unsure).nonzero()[:, 0]
         asked = asked[~result.fooled[image[asked]]]
         if len(asked):
             asked = asked[threat_model.contains(slots.points[asked], slots.clean[asked])]

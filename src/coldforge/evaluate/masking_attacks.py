@@ -39,7 +39,8 @@ SQUARE = "square-1000"
 """Square finds most of what it ever finds in this many queries (the standard 5,000 belong to the evaluation itself)."""
 
 STEPS_SHARE = 0.05
-"""Images that fall only between 20 and 50 steps. Honest: at most 0.04."""
+"""Images that fall only between 20 and 50 steps (honest: at most 0.04), and images by which more steps do worse: luck
+alone moves 0.03 of 100 images (honest), planted flaws up to 0.4."""
 RESTARTS_SHARE = 0.05
 """Images that fall only in further restarts. Honest: at most 0.04 (2 bits; else 0.014); planted 0.05 to 0.4."""
 UNBOUNDED_SHARE = 0.05
@@ -102,9 +103,12 @@ class WhiteBox:
 
 
 def pgd(steps: int, restarts: int = 1) -> list[Attack]:
-    """PGD on cross-entropy, then on the margin."""
-    ce = PGD(label=f"pgd-{steps}-{restarts}", steps=steps, restarts=restarts, rel_step=2.5 / steps)
-    return [ce, ce.model_copy(update={"label": f"{ce.label}-margin", "loss": "margin"})]
+    """PGD on cross-entropy, then on the margin. Random starts go by the label: another number of steps starts where
+    this one does, so that they differ by their steps alone; restarts begin elsewhere.
+    """
+    label = "pgd" if restarts == 1 else "pgd-again"
+    ce = PGD(label=label, steps=steps, restarts=restarts, rel_step=2.5 / steps)
+    return [ce, ce.model_copy(update={"label": f"{label}-margin", "loss": "margin"})]
 
 
 def attack_checks(
@@ -176,7 +180,7 @@ def _step_checks(by_steps: Mapping[int, Tensor]) -> list[MaskingCheckRecord]:
         check(
             "more_steps_never_weaker",
             worse,
-            allowed(n),
+            allowed(n, STEPS_SHARE),
             f"more steps of PGD leave no more images standing ({curve})",
             f"more (and smaller) steps of PGD leave more images standing ({curve}): they do not follow the loss",
             "average the gradient over random points (EOT), or let it through what stops it (BPDA)",

@@ -23,10 +23,6 @@ from coldforge.report.table import LITERAL, WORST
 from coldforge.store import write_atomic
 
 PAGE = "evaluation.html"
-LITE = (
-    "autoattack-lite is a cheaper cascade for daily work, weaker than AutoAttack: its numbers must not be compared "
-    "with AutoAttack's."
-)
 _GRADIENTS = {"pass_through": "with gradients through clipping", "clipped": "with plain gradients"}
 
 
@@ -168,7 +164,7 @@ def footnotes(record: EvaluationRecord) -> list[str]:
             f"not the {judge}, which has the last word: not broken."
         )
     if "autoattack-lite" in record.attacks:
-        lines.append(LITE)
+        lines.append(text.LITE)
     return lines
 
 

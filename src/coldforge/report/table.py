@@ -204,6 +204,8 @@ def footnotes(record: Record) -> list[str]:
         )
         if not threat.box or "paper" in str(record.recipe.get("name", "")):
             lines.append(text.paper_eps(threat.eps))
+        notes = {"autoattack-lite": text.LITE, "transfer": text.TRANSFER}
+        lines += [note for name, note in notes.items() if name in attacks(record)]
     if any(stage.latency_s for stage in record.stages):
         eager = (base := record.stage("baseline")) is not None and any(_eager(row) for row in base.latency_s)
         against = "the baseline in eager PyTorch" if eager else "the baseline in the same runtime"

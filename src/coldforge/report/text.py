@@ -11,9 +11,11 @@ NONE = "–"
 _ATTACKS = {
     "worst_case": "worst case",
     "autoattack": "AutoAttack",
-    "autoattack-lite": "autoattack-lite (cheaper cascade)",
+    "autoattack-lite": "AA-lite",
     "clean": "clean",
 }
+LITE = "AA-lite: the cascade autoattack-lite, cheaper and weaker than AutoAttack; do not compare it with AutoAttack's."
+TRANSFER = "transfer: images found on other networks (float twin, float parent) and shown to this one."
 _RUNTIMES = {"pytorch": "PyTorch", "torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 _NORMS = {"linf": "L∞", "l2": "L2"}
 
@@ -157,7 +159,7 @@ def attack(name: str) -> str:
     >>> attack("pgd-20"), attack("worst_case"), attack("fgsm"), attack("square-500")
     ('PGD-20', 'worst case', 'FGSM', 'Square-500')
     >>> attack("autoattack"), attack("autoattack-lite")
-    ('AutoAttack', 'autoattack-lite (cheaper cascade)')
+    ('AutoAttack', 'AA-lite')
     """
     if name.lower().startswith(("pgd", "fgsm", "apgd", "fab")):
         return name.upper()
