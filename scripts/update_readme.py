@@ -64,7 +64,10 @@ def clipping(path: Path) -> str:
 
 def attack_parity(path: Path) -> str:
     """Ours against the reference, image by image."""
-    lines = ["| network | attack | seed | n | ours % | reference % | difference, points |", "|---|---|---:|---:|---:|---:|---|"]
+    lines = [
+        "| network | attack | seed | n | ours % | reference % | difference, points |",
+        "|---|---|---:|---:|---:|---:|---|",
+    ]
     for row in json.loads(path.read_text(encoding="utf-8"))["verdicts"]:
         low, high = row["ci95_points"]
         lines.append(

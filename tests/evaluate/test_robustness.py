@@ -10,11 +10,18 @@ from hypothesis import strategies as st
 from coldforge.attacks import parse_attack, predict
 from coldforge.compress import ActivationQuantizer, QuantizedLayer, attacking, quantize
 from coldforge.errors import AttackError
-from coldforge.evaluate import Ledger, evaluate, summarize, wilson_interval
+from coldforge.evaluate import Ledger, Target, evaluate, summarize, wilson_interval
 from coldforge.recipe import QuantizeSpec
 
 NAMES = ("fgsm", "pgd-5", "pgd-4-2")
 ATTACKS = [parse_attack(name) for name in NAMES]
+
+
+class File:
+    """A deployed file, as far as gradient attacks ask it."""
+
+    def __init__(self, labels):
+        self.labels = labels
 
 
 def slow_ledger(model, data, attacks, threat, n, seed):
@@ -39,7 +46,7 @@ def slow_ledger(model, data, attacks, threat, n, seed):
 @pytest.fixture(scope="module")
 def ledger(task, threat):
     model, data = task
-    return evaluate(model, data, ATTACKS, threat, seed=5)
+    return evaluate(Target(model), data, ATTACKS, threat, seed=5)
 
 
 # --- the ledger
@@ -47,7 +54,7 @@ def ledger(task, threat):
 
 def test_the_ledger_equals_its_slow_twin(task, threat):
     model, data = task
-    found = evaluate(model, data, ATTACKS, threat, n=30, seed=5)
+    found = evaluate(Target(model), data, ATTACKS, threat, n=30, seed=5)
     rows = slow_ledger(model, data, ATTACKS, threat, n=30, seed=5)
     assert found.labels.tolist() == [row["label"] for row in rows]
     assert found.answers.tolist() == [row["answer"] for row in rows]
@@ -94,7 +101,7 @@ def test_the_denominator_is_every_attacked_image(ledger, task):
 
 def test_fewer_attacked_images_are_the_front_of_the_test_set(ledger, task, threat):
     model, data = task
-    found = evaluate(model, data, ATTACKS, threat, n=17, seed=5)
+    found = evaluate(Target(model), data, ATTACKS, threat, n=17, seed=5)
     assert torch.equal(found.answers, ledger.answers)  # clean verdicts are of all images
     for name in NAMES:
         assert torch.equal(found.fooled[name], ledger.fooled[name][:17])
@@ -102,13 +109,13 @@ def test_fewer_attacked_images_are_the_front_of_the_test_set(ledger, task, threa
     robust = summarize(found, data.classes)
     assert robust.n == 40
     assert robust.robust_n["worst_case"] == 17
-    too_many = evaluate(model, data, ATTACKS[:1], threat, n=1000)
+    too_many = evaluate(Target(model), data, ATTACKS[:1], threat, n=1000)
     assert len(too_many.fooled["fgsm"]) == 40
 
 
 def test_the_seed_moves_the_starts(ledger, task, threat):
     model, data = task
-    again, other = (evaluate(model, data, ATTACKS, threat, seed=seed) for seed in (5, 6))
+    again, other = (evaluate(Target(model), data, ATTACKS, threat, seed=seed) for seed in (5, 6))
     assert torch.equal(again.margin["pgd-5"].nan_to_num(9, posinf=9), ledger.margin["pgd-5"].nan_to_num(9, posinf=9))
     assert not torch.equal(
         other.margin["pgd-5"].nan_to_num(9, posinf=9), ledger.margin["pgd-5"].nan_to_num(9, posinf=9)
@@ -118,7 +125,7 @@ def test_the_seed_moves_the_starts(ledger, task, threat):
 
 def test_without_attacks_the_worst_case_is_clean(task, threat):
     model, data = task
-    found = summarize(evaluate(model, data, [], threat), data.classes)
+    found = summarize(evaluate(Target(model), data, [], threat), data.classes)
     assert found.robust_accuracy == {"worst_case": found.clean_accuracy}
 
 
@@ -130,13 +137,13 @@ def test_no_images(task, threat):
             return 0
 
     with pytest.raises(AttackError, match="expected test images, got none"):
-        evaluate(model, Empty(), ATTACKS, threat)
+        evaluate(Target(model), Empty(), ATTACKS, threat)
 
 
 def test_progress_rises_to_1_over_all_attacks(task, threat):
     model, data = task
     said = []
-    evaluate(model, data, ATTACKS, threat, on_progress=lambda *words: said.append(words))
+    evaluate(Target(model), data, ATTACKS, threat, on_progress=lambda *words: said.append(words))
     fractions = [fraction for fraction, _ in said]
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1
@@ -150,7 +157,7 @@ def test_the_network_stays_as_it_was(quantized, task, threat):
     network.train()
     before = copy.deepcopy(network.state_dict())
     flags = [parameter.requires_grad for parameter in network.parameters()]
-    evaluate(network, data, ATTACKS[:2], threat)
+    evaluate(Target(network), data, ATTACKS[:2], threat)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert all(module.training for module in network.modules())
     assert [parameter.requires_grad for parameter in network.parameters()] == flags
@@ -167,7 +174,7 @@ def test_a_quantized_network_must_stand_both_gradients(task, threat):
     model, data = task
     network = quantize(model, QuantizeSpec(weight_bits=3, activation_bits=2), data.pixels())
     attack = parse_attack("pgd-5")
-    found = evaluate(network, data, [attack], threat, n=30, seed=5)
+    found = evaluate(Target(network), data, [attack], threat, n=30, seed=5)
     standing = (predict(network, data.pixels()).argmax(1) == data.labels)[:30]
     queries = torch.zeros(30, dtype=torch.int64)
     fooled_by = {}
@@ -182,7 +189,7 @@ def test_a_quantized_network_must_stand_both_gradients(task, threat):
     assert torch.equal(found.queries["pgd-5"], queries)
     assert fooled_by["pass_through"] > 0
     said = []
-    evaluate(network, data, ATTACKS[:2], threat, on_progress=lambda fraction, _: said.append(fraction))
+    evaluate(Target(network), data, ATTACKS[:2], threat, on_progress=lambda fraction, _: said.append(fraction))
     assert said == sorted(said)
     assert said[-1] == 1
 
@@ -197,14 +204,14 @@ def test_a_judge_that_cannot_be_fooled(task, threat):
     def judge(images):
         return data.labels[torch.cdist(images.flatten(1), nearest).argmin(1)]
 
-    found = summarize(evaluate(model, data, ATTACKS, threat, judge=judge), data.classes)
+    found = summarize(evaluate(Target(model, File(judge)), data, ATTACKS, threat), data.classes)
     assert found.clean_accuracy == 1
     assert set(found.robust_accuracy.values()) == {1.0}
 
 
 def test_a_judge_that_is_always_wrong(task, threat):
     model, data = task
-    found = evaluate(model, data, ATTACKS, threat, judge=lambda images: torch.full((len(images),), 9))
+    found = evaluate(Target(model, File(lambda images: torch.full((len(images),), 9))), data, ATTACKS, threat)
     assert not found.right.any()
     for name in NAMES:
         assert found.fooled[name].all()
@@ -214,7 +221,9 @@ def test_a_judge_that_is_always_wrong(task, threat):
 
 def test_a_judge_that_is_the_network_changes_nothing(task, threat, ledger):
     model, data = task
-    found = evaluate(model, data, ATTACKS, threat, seed=5, judge=lambda images: predict(model, images).argmax(1))
+    found = evaluate(
+        Target(model, File(lambda images: predict(model, images).argmax(1))), data, ATTACKS, threat, seed=5
+    )
     for name in NAMES:
         assert torch.equal(found.fooled[name], ledger.fooled[name])
         assert torch.equal(found.step[name], ledger.step[name])
@@ -224,7 +233,9 @@ def test_fooled_means_that_the_file_is_fooled(task, threat):
     """A coarser file than its twin: every adversarial verdict must be the file's."""
     model, data = task
     file = quantize(model, QuantizeSpec(weight_bits=3, activation_bits=3), data.pixels())
-    found = evaluate(model, data, [parse_attack("pgd-5")], threat, judge=lambda images: predict(file, images).argmax(1))
+    found = evaluate(
+        Target(model, File(lambda images: predict(file, images).argmax(1))), data, [parse_attack("pgd-5")], threat
+    )
     assert torch.equal(found.answers, predict(file, data.pixels()).argmax(1))
     right = found.right.nonzero()[:, 0]
     result = parse_attack("pgd-5")(
@@ -321,7 +332,7 @@ def test_classes_add_up(ledger, task):
 
 def test_parquet_holds_every_image(task, threat, tmp_path):
     model, data = task
-    found = evaluate(model, data, ATTACKS, threat, n=25)
+    found = evaluate(Target(model), data, ATTACKS, threat, n=25)
     found.write(tmp_path / "ledger.parquet")
     table = pq.read_table(tmp_path / "ledger.parquet").to_pydict()
     assert table["image"] == list(range(40))
@@ -335,4 +346,4 @@ def test_parquet_holds_every_image(task, threat, tmp_path):
         assert margins[25:] == [None] * 15
         for read, kept in zip(margins, found.margin[name].tolist(), strict=False):
             assert read == kept or (math.isnan(read) and math.isnan(kept))
-    assert len(table) == 4 + 5 * len(NAMES)
+    assert len(table) == 5 + 9 * len(NAMES)

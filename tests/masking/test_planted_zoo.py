@@ -239,10 +239,10 @@ def test_thermometer_coding_is_flagged(fresh, fit, data, ball):
 
 def test_distillation_at_high_temperature_is_flagged(fresh, fit, data, ball):
     """Defensive distillation (Papernot et al. 2016): taught at temperature 50, asked at 1."""
-    teacher = fit(fresh(), epochs=3, temperature=50.0, lr=2.5)
+    teacher = fit(fresh(), epochs=3, temperature=50.0, lr=1.0)
     with torch.no_grad():
         soft = (teacher(data.train) / 50).softmax(1)
-    student = fit(fresh(), epochs=3, temperature=50.0, lr=2.5, targets=soft)
+    student = fit(fresh(), epochs=3, temperature=50.0, lr=1.0, targets=soft)
     logits = predict(student, data.test)
     right = logits.argmax(1) == data.test_labels
     assert right.float().mean() > 0.7

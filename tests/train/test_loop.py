@@ -9,7 +9,7 @@ from coldforge.attacks import ThreatModel, parse_attack, perturb, predict
 from coldforge.compress import ActivationQuantizer, QuantizedLayer
 from coldforge.data import from_arrays
 from coldforge.errors import CollapseError, TrainingError
-from coldforge.evaluate import evaluate, summarize
+from coldforge.evaluate import Target, evaluate, summarize
 from coldforge.measure import count_macs
 from coldforge.models import normalized
 from coldforge.recipe import TrainSpec
@@ -18,7 +18,7 @@ from coldforge.train import loop, train
 
 
 def accuracy(network, data, threat, attack="pgd-10"):
-    found = summarize(evaluate(network, data, [parse_attack(attack)], threat), data.classes)
+    found = summarize(evaluate(Target(network), data, [parse_attack(attack)], threat, transfer=False), data.classes)
     return found.clean_accuracy, found.robust_accuracy[attack]
 
 
