@@ -95,12 +95,6 @@ def _row(shop: Shop, made: Arrow, row: str) -> StageRecord:
         agreed = AgreementRecord(clean=found["clean"], adversarial=found["adversarial"])
         notes += _warnings(cost, found)
     robustness = shop.result(made.evidence[f"evaluate: {row}"])
-    disputed = robustness.pop("disputed")
-    if row == "artifact" and disputed:
-        notes.append(
-            f"{disputed} times an attack fooled the twin at a point where the file was right; it then went on until "
-            "the file was wrong too, or to its end"
-        )
     checked = made.evidence.get(f"masking: {row}")
     return StageRecord(
         name=name,

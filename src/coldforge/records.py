@@ -132,6 +132,9 @@ class StageRecord(RecordModel):
     agreement: AgreementRecord | None = None
     """Only for the artifact."""
     masking: MaskingRecord = MaskingRecord()
+    disputed: int = 0
+    """How often, over images and attacks, a search was fooled at a point where the judge (the file, or the network in
+    float32) was not; it then went on."""
     curve: tuple[CurvePoint, ...] = ()
     notes: tuple[str, ...] = ()
     """What a reader must know: retries, collapses, warnings."""

@@ -198,9 +198,7 @@ def test_pitfall_12_confident_logits_do_not_hide_the_gradient(task: Any) -> None
         0
     ]
     assert (naive.flatten(1).abs().amax(1) == 0).any(), "the pitfall must exist for the test to mean something"
-    _, gradient = query(
-        lambda x: model(x) * 200, images[:8], lambda logits: loss_direction(logits, labels[:8], "ce")
-    )
+    _, gradient = query(lambda x: model(x) * 200, images[:8], lambda logits: loss_direction(logits, labels[:8], "ce"))
     assert gradient is not None
     assert (gradient.flatten(1).abs().amax(1) > 0).all()
 

@@ -31,8 +31,8 @@ TINY_STAGES = [
     *("fine-tune: natural", "fine-tune: adversarial"),
     *("export: baseline", "export: parent", "export: compressed", "export: tuned: natural"),
     *("export: tuned: adversarial", "evaluate: baseline", "evaluate: compressed", "evaluate: tuned: natural"),
-    *("evaluate: tuned: adversarial", "evaluate: artifact", "agreement of file and twin", "adversarial examples"),
-    "latency and energy",
+    *("evaluate: tuned: adversarial", "evaluate: artifact", "masking panel: artifact", "agreement of file and twin"),
+    *("adversarial examples", "latency and energy"),
 ]
 OUT_FILES = {
     *("record.json", "recipe.toml", "model.onnx", "model/model.safetensors", "model/structure.json"),
@@ -67,7 +67,9 @@ def test_the_record_names_what_the_design_names(made):
         assert set(stage) >= STAGE
         assert set(stage["pruning_ratio"]) == {"requested", "achieved"}
         assert set(stage["masking"]) == {"verdict", "checks"}
-        assert set(stage["robust_accuracy"]) == set(stage["robust_n"]) == {"fgsm", "pgd-5", "worst_case"}
+        transfer = set() if stage["name"] == "baseline" else {"transfer"}
+        names = {"fgsm", "pgd-5", "worst_case"} | transfer
+        assert set(stage["robust_accuracy"]) == set(stage["robust_n"]) == names
         assert set(stage["robust_ci95"]) == set(stage["robust_accuracy"])
         assert set(stage["per_class"]) == {"cup", "hat", "key"}
     assert set(plain["threat_model"]) == {"norm", "eps", "eps_255", "box"}
@@ -125,7 +127,8 @@ def test_accuracies_are_counts_of_the_attacked_images(made):
     for stage in made.record.stages:
         assert stage.n == 60
         assert (stage.clean_accuracy * 60) == pytest.approx(round(stage.clean_accuracy * 60))
-        assert stage.robust_n == {"fgsm": 50, "pgd-5": 50, "worst_case": 50}
+        transfer = {} if stage.name == "baseline" else {"transfer": 50}  # there is nothing to transfer from
+        assert stage.robust_n == {"fgsm": 50, "pgd-5": 50, "worst_case": 50} | transfer
         assert stage.clean_ci95[0] <= stage.clean_accuracy <= stage.clean_ci95[1]
         for name, value in stage.robust_accuracy.items():
             assert stage.robust_accuracy["worst_case"] <= value
@@ -277,7 +280,8 @@ def test_a_changed_rate_builds_only_what_stands_on_it(copied, recipe, forge_agai
     ]
     assert other.spy.built == [
         *("fine-tune: adversarial", "export: tuned: adversarial", "evaluate: tuned: adversarial"),
-        *("evaluate: artifact", "agreement of file and twin", "adversarial examples", "latency and energy"),
+        *("evaluate: artifact", "masking panel: artifact", "agreement of file and twin", "adversarial examples"),
+        "latency and energy",
     ]
     assert [stage.label for stage in other.record.stages] == [
         *("baseline", "compressed, not tuned", "adversarially tuned", "artifact (model.onnx)"),
@@ -314,7 +318,8 @@ def test_not_tuned_at_all(copied, recipe, forge_again, tmp_path):
     other = forge_again(recipe(changes), copied, tmp_path / "out")
     assert [stage.name for stage in other.record.stages] == ["baseline", "compressed", "artifact"]
     assert other.spy.built == [
-        *("evaluate: artifact", "agreement of file and twin", "adversarial examples", "latency and energy")
+        *("evaluate: artifact", "masking panel: artifact", "agreement of file and twin", "adversarial examples"),
+        "latency and energy",
     ]
     assert other.record.stages[1].size_bytes == other.record.stages[2].size_bytes
     assert files_in(other.out) == OUT_FILES

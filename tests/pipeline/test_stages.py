@@ -17,7 +17,7 @@ from coldforge.pipeline import arrow
 from coldforge.recipe import load_recipe
 from coldforge.stages import networks
 
-ON_THE_FILE = ["evaluate: artifact", "agreement*", "adversarial examples", "latency*"]
+ON_THE_FILE = ["evaluate: artifact", "masking*", "agreement*", "adversarial examples", "latency*"]
 AFTER_TUNING = ["fine-tune*", "*tuned*", *ON_THE_FILE]
 AFTER_ROUNDING = ["quantize*", "*compressed", *AFTER_TUNING]
 CHANGES = {

@@ -230,9 +230,7 @@ def test_a_budget_that_ran_out_flags_the_attack_and_the_worst_case_only() -> Non
         "worst_case",
     }
     assert "70.9 % (bounded by budget) of 1,000" in headline(record)
-    whole = (
-        "In 20 min, 212 of 1,000 images were not finished by AA-lite; these count as robust"
-    )
+    whole = "In 20 min, 212 of 1,000 images were not finished by AA-lite; these count as robust"
     assert whole in page.text
     assert whole in dict(cautions(record))["Bounded by budget"]
     assert list(flags(record, "fgsm")) == []

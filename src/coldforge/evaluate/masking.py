@@ -5,7 +5,7 @@ it found and what to do. It lowers no robust accuracy; it says whether to believ
 comes from: :mod:`coldforge.evaluate.masking_gradients`, :mod:`coldforge.evaluate.masking_attacks`,
 :mod:`coldforge.evaluate.binarization`.
 
-About 128 images are enough, and cost as much as fewer: networks are queried with tiles of 128. On one image the panel
+About 128 images are enough: networks are queried with tiles of 64. On one image the panel
 spends at most some 1,100 forward and backward passes (twice as many on a quantized network), and 1,500 forward passes.
 """
 
@@ -50,7 +50,8 @@ REPEAT_TOLERANCE = 1e-5
 """In units of the spread of an image's logits: the same images, twice, in the same order. Deterministic kernels give
 the same bits; noise of 1 % on the logits gives 0.003 and more."""
 ORDER_TOLERANCE = 1e-2
-"""The same in another order and with half the neighbours. Float networks move by 1e-6, and a code of a quantized one may flip."""
+"""The same in another order and with half the neighbours. Float networks move by 1e-6, and a code of a quantized one
+may flip."""
 BLACK_BOX_SWEEP = "square-300"
 """Asked at several eps, so cheaper than what is compared."""
 PARTS = {"answers": 2, "gradients": 3, "steps": 25, "restarts": 10, "eps": 25, "FGSM and noise": 3, "Square": 17}

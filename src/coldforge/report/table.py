@@ -204,8 +204,7 @@ def footnotes(record: Record) -> list[str]:
         )
         if not threat.box or "paper" in str(record.recipe.get("name", "")):
             lines.append(text.paper_eps(threat.eps))
-        notes = {"autoattack-lite": text.LITE, "transfer": text.TRANSFER}
-        lines += [note for name, note in notes.items() if name in attacks(record)]
+        lines += [note for name, note in text.ATTACK_NOTES.items() if name in attacks(record)]
     if any(stage.latency_s for stage in record.stages):
         eager = (base := record.stage("baseline")) is not None and any(_eager(row) for row in base.latency_s)
         against = "the baseline in eager PyTorch" if eager else "the baseline in the same runtime"
@@ -387,11 +386,8 @@ def _efficiency(stage: StageRecord, base: StageRecord, record: Record) -> str:
 def _compare(ratio: float, better: str, worse: str, equal: str) -> str:
     if 0.95 < ratio < 1.05:
         return equal
-    return f"{_factor(ratio)} times {better}" if ratio > 1 else f"{_factor(1 / ratio)} times {worse}"
-
-
-def _factor(ratio: float) -> str:
-    return text.times(ratio).removesuffix("×")
+    factor = text.times(max(ratio, 1 / ratio)).removesuffix("×")
+    return f"{factor} times {better if ratio > 1 else worse}"
 
 
 def _than(words: Sequence[str]) -> str:

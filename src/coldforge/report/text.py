@@ -15,7 +15,11 @@ _ATTACKS = {
     "clean": "clean",
 }
 LITE = "AA-lite: the cascade autoattack-lite, cheaper and weaker than AutoAttack; do not compare it with AutoAttack's."
-TRANSFER = "transfer: images found on other networks (float twin, float parent) and shown to this one."
+ATTACK_NOTES = {
+    "autoattack-lite": LITE,
+    "transfer": "transfer: images found on other networks (float twin, float parent) and shown to this one.",
+}
+"""What must be read with these attacks' numbers."""
 _RUNTIMES = {"pytorch": "PyTorch", "torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 _NORMS = {"linf": "L∞", "l2": "L2"}
 

@@ -1,0 +1,253 @@
+"""Targets: kill and resume, budget, verified fast searches, files, black boxes, transfer."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from coldforge.attacks import ThreatModel, parse_attack, predict
+from coldforge.compress import attacking, quantize
+from coldforge.errors import AttackError
+from coldforge.evaluate import TRANSFER, Target, evaluate, fast_copy, find_adversarial, mcnemar, paired_interval
+from coldforge.recipe import QuantizeSpec
+
+ATTACKS = [parse_attack("pgd-5"), parse_attack("autoattack-lite")]
+COLUMNS = ("fooled", "step", "restart", "queries", "norm", "margin", "by", "finished", "disputed")
+
+
+class File:
+    """A deployed file whose logits are those of a network."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network, self.asked = network, 0
+
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        self.asked += len(images)
+        return predict(self.network, images)
+
+    def labels(self, images: torch.Tensor) -> torch.Tensor:
+        return self.logits(images).argmax(1)
+
+
+def same(first, second) -> bool:
+    """Every column of two ledgers."""
+    for what in COLUMNS:
+        for attack, column in getattr(first, what).items():
+            other = getattr(second, what)[attack]
+            if isinstance(column, torch.Tensor):
+                column, other = (t.double().nan_to_num(-7, posinf=-8).tolist() for t in (column, other))
+            if column != other:
+                return False
+    return first.fooled.keys() == second.fooled.keys()
+
+
+@pytest.fixture(scope="module")
+def rounded(task):
+    model, data = task
+    return quantize(model, QuantizeSpec(weight_bits=3, activation_bits=3), data.pixels())
+
+
+@pytest.fixture(scope="module")
+def whole(task, threat):
+    model, data = task
+    return evaluate(Target(model), data, ATTACKS, threat, seed=2)
+
+
+# --- kill and resume
+
+
+class Killed(Exception):
+    """The machine went away."""
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 25), st.integers(0, 60))
+def test_pitfall_resume_a_killed_evaluation_ends_like_an_undisturbed_one(
+    task, threat, whole, tmp_path_factory, after, torn
+):
+    model, data = task
+    journal = tmp_path_factory.mktemp("journal") / "journal"
+    left = after
+
+    def kill(fraction, name):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Killed
+
+    try:
+        evaluate(Target(model), data, ATTACKS, threat, seed=2, checkpoint=journal, on_progress=kill)
+    except Killed:
+        text = journal.read_bytes()
+        journal.write_bytes(text[: max(len(text) - torn, 1)])  # a torn last line
+    assert same(evaluate(Target(model), data, ATTACKS, threat, seed=2, checkpoint=journal), whole)
+
+
+def test_nothing_is_computed_twice(task, threat, whole, tmp_path):
+    model, data = task
+    evaluate(Target(model), data, ATTACKS, threat, seed=2, checkpoint=tmp_path / "journal")
+    queries = []
+    handle = model.register_forward_hook(lambda *_: queries.append(1))
+    try:
+        again = evaluate(Target(model), data, ATTACKS, threat, seed=2, checkpoint=tmp_path / "journal")
+    finally:
+        handle.remove()
+    assert same(again, whole)
+    assert len(queries) == 1, "only the clean images are asked about"
+
+
+def test_a_journal_of_another_evaluation_is_not_used(task, threat, tmp_path):
+    model, data = task
+    for seed, attacks, tm in ((2, ATTACKS, threat), (3, ATTACKS, threat), (3, ATTACKS[:1], threat)):
+        found = evaluate(Target(model), data, attacks, tm, seed=seed, checkpoint=tmp_path / "journal")
+        assert same(found, evaluate(Target(model), data, attacks, tm, seed=seed))
+    stronger = ThreatModel("linf", 0.2)
+    found = evaluate(Target(model), data, ATTACKS[:1], stronger, seed=3, checkpoint=tmp_path / "journal")
+    assert same(found, evaluate(Target(model), data, ATTACKS[:1], stronger, seed=3))
+
+
+# --- budget
+
+
+def test_a_budget_is_said_and_what_is_left_counts_as_standing(task, threat, whole):
+    model, data = task
+    short = evaluate(Target(model), data, ATTACKS, threat, seed=2, budget_s=1e-9)
+    right = int(whole.right.sum())
+    assert short.unfinished == {"pgd-5": right, "autoattack-lite": right}
+    assert torch.equal(short.survived("worst_case"), whole.right)
+    long = evaluate(Target(model), data, ATTACKS, threat, seed=2, budget_s=1e6)
+    assert long.unfinished == {}
+    assert same(long, whole)
+
+
+# --- fast searches
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_pitfall_26_every_success_of_a_fast_search_holds_in_float32(task, threat, precision):
+    model, data = task
+    images, labels = data.pixels(), data.labels
+    for attack in ATTACKS:
+        found = find_adversarial(Target(model), attack, images, labels, threat, precision=precision)
+        exact = find_adversarial(Target(model), attack, images, labels, threat)
+        wrong = predict(model, found.adversarial).argmax(1) != labels
+        assert wrong[found.fooled].all()
+        assert abs(int(found.fooled.sum()) - int(exact.fooled.sum())) <= 2
+        threat.verify(found.adversarial, images)
+
+
+def test_a_network_that_refuses_bfloat16_is_attacked_as_it_is(task, threat):
+    model, data = task
+
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = copy.deepcopy(model)
+
+        def forward(self, x):
+            if torch.is_autocast_enabled("cpu"):
+                raise RuntimeError("only float32")
+            return self.inner(x) if float(x.detach().sum()) > -1 else x  # cannot be traced either
+
+    found = evaluate(Target(Picky().eval()), data, ATTACKS[:1], threat, seed=2, precision="bf16")
+    exact = evaluate(Target(model), data, ATTACKS[:1], threat, seed=2)
+    assert torch.equal(found.fooled["pgd-5"], exact.fooled["pgd-5"])
+
+
+def test_the_fast_copy_is_apart(task):
+    model, data = task
+    before = copy.deepcopy(model.state_dict())
+    copied = fast_copy(model, "bf16")
+    assert torch.allclose(predict(copied, data.pixels()), predict(model, data.pixels()), atol=0.1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in copied.modules())
+
+
+# --- quantized networks and files
+
+
+def test_pitfall_32_transfer_from_float_twin_and_surrogate(task, threat, rounded):
+    model, data = task
+    found = evaluate(Target(rounded, surrogates={"its parent": model}), data, ATTACKS[:1], threat)
+    assert list(found.fooled) == ["pgd-5", TRANSFER]
+    sources = {by for by in found.by[TRANSFER] if by}
+    assert sources <= {"pgd-20 from its float twin", "pgd-20 from its parent"}
+    assert sources
+    assert TRANSFER not in evaluate(Target(model), data, ATTACKS[:1], threat).fooled
+    assert TRANSFER not in evaluate(Target(rounded), data, ATTACKS[:1], threat, transfer=False).fooled
+
+
+def test_unrounded_is_the_float_parent(task, rounded):
+    model, data = task
+    with attacking(rounded, "unrounded"):
+        loose = predict(rounded, data.pixels())
+    assert torch.allclose(loose, predict(model, data.pixels()), atol=1e-4)
+    assert not torch.allclose(predict(rounded, data.pixels()), loose, atol=1e-2)
+
+
+def test_pitfall_31_every_verdict_is_the_files(task, threat, rounded):
+    model, data = task
+    file = File(rounded)
+    images, labels = data.pixels(), data.labels
+    found = evaluate(Target(model, file), data, ATTACKS, threat, seed=1)
+    assert torch.equal(found.answers, predict(rounded, images).argmax(1))
+    assert (
+        any(by.endswith("on the file") for by in found.by["autoattack-lite"]) or found.fooled["autoattack-lite"].any()
+    )
+    for attack in ATTACKS:
+        right = found.right.nonzero()[:, 0]
+        images_of = find_adversarial(Target(model, file), attack, images[right], labels[right], threat, indices=right)
+        wrong = predict(rounded, images_of.adversarial).argmax(1) != labels[right]
+        assert wrong[images_of.fooled].all()
+    assert sum(int(column.sum()) for column in found.disputed.values()) > 0, "a coarse file disputes its float network"
+
+
+def test_pitfall_28_a_black_box_has_no_gradients_and_says_so(task, threat):
+    model, data = task
+    file = File(model)
+    with pytest.raises(AttackError, match=r"pgd-5 needs gradients, and a file has none; give a surrogate"):
+        evaluate(Target(None, file), data, ATTACKS[:1], threat)
+    square = evaluate(Target(None, file), data, [parse_attack("square-50")], threat)
+    assert square.fooled["square-50"].sum() > (~square.right).sum()
+    helped = evaluate(Target(None, file, {"a copy": copy.deepcopy(model)}), data, ATTACKS[:1], threat, seed=2)
+    exact = evaluate(Target(model), data, ATTACKS[:1], threat, seed=2)
+    assert torch.equal(helped.fooled["pgd-5"], exact.fooled["pgd-5"])
+    assert {by for by in helped.by["pgd-5"] if by} == {"from a copy"}
+
+
+def test_neither_network_nor_file_is_refused():
+    with pytest.raises(AttackError, match="expected a network or a file to evaluate, got neither"):
+        Target(None)
+
+
+# --- paired statistics
+
+
+@given(st.integers(0, 40), st.integers(0, 40))
+def test_mcnemar_equals_tossing_coins(first, second):
+    from scipy.stats import binomtest
+
+    expected = binomtest(first, first + second).pvalue if first + second else 1.0
+    assert mcnemar(first, second) == pytest.approx(expected)
+    assert mcnemar(first, second) == mcnemar(second, first)
+
+
+@given(st.integers(0, 30), st.integers(0, 30), st.integers(60, 2000))
+def test_the_paired_interval_holds_the_difference(first, second, n):
+    low, high = paired_interval(first, second, n)
+    assert low < high
+    assert low <= (first - second) / (n + 2) <= high
+    mirrored = paired_interval(second, first, n)
+    assert (low, high) == pytest.approx((-mirrored[1], -mirrored[0]))
+
+
+def test_impossible_counts_are_refused():
+    with pytest.raises(ValueError, match="expected counts of 0 or more"):
+        mcnemar(-1, 2)
+    with pytest.raises(ValueError, match="together at most n"):
+        paired_interval(5, 6, 10)
