@@ -46,7 +46,7 @@ def ball() -> ThreatModel:
 def data() -> Pooled:
     splits = load_data()
     train, test = ((F.avg_pool2d(part.pixels(), 2) * 255).round() / 255 for part in (splits.train, splits.test))
-    return Pooled(train, splits.train.labels, test[:84], splits.test.labels[:84])
+    return Pooled(train, splits.train.labels, test[:84], splits.test.labels[:84])  # some 64 are right: one tile
 
 
 @pytest.fixture(scope="session")

@@ -170,7 +170,7 @@ def _plant(
         fresh = image.expand(RANDOM_POINTS // 2, -1, -1, -1)
         tried = [threat_model.random_start(fresh, generator), surface_points(fresh, threat_model, generator)]
         with torch.no_grad():
-            seen = features(torch.cat([image[None], inner, planted, *tried])).double()
+            seen = features(torch.cat([image[None], inner, planted, *tried])).nan_to_num().double()
         near, far, others = seen[: INNER_POINTS + 1], seen[INNER_POINTS + 1], seen[INNER_POINTS + 2 :]
         centre = near.mean(0)
         covariance = (near - centre).T @ (near - centre) / len(near)

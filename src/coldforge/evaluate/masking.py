@@ -6,7 +6,7 @@ comes from: :mod:`coldforge.evaluate.masking_gradients`, :mod:`coldforge.evaluat
 :mod:`coldforge.evaluate.binarization`.
 
 About 100 images are enough. On each the panel spends at most some 700 forward and backward passes (1,200 on a quantized
-network, which has two kinds of gradients) and 1,500 forward passes; images that fall early cost far less.
+network, which has two kinds of gradients) and 1,600 forward passes; images that fall early cost far less.
 """
 
 from __future__ import annotations
