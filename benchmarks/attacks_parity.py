@@ -6,8 +6,8 @@
 Every attack of the standard ensemble, and the ensemble, ours and the reference's (pyautoattack, or a clone of
 fra31/auto-attack with --reference DIR), on the same images of two robust networks, with two seeds; with --peers also
 torchattacks, ART and foolbox, and PGD-20, once. Robust accuracy is the share of all images that are right when clean
-and not fooled; the 95 % interval is that of the paired difference (Agresti and Min, *Simple improved confidence
-intervals for comparing matched proportions*, Statistics in Medicine 2005). Each result is written at once and skipped
+and not fooled; the 95 % interval is that of the paired difference (``coldforge.evaluate.paired_interval``). Where an
+ensemble was not run as such, it is the union of its parts. Each result is written at once and skipped
 when it is there already, so the hours it takes need not be hours in a row; seconds are from that run, one after the
 other (attacks_speed.py takes turns).
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
@@ -28,6 +27,7 @@ import torch
 from peers import ATTACKS, NETWORKS, NOTES, OFFERS, Task, compare, load_task, version
 from torch import Tensor
 
+from coldforge.evaluate import paired_interval
 from coldforge.provenance import physical_cores, provenance
 from coldforge.sealed import write_atomic
 
@@ -53,16 +53,41 @@ def standing(result: Result, n: int = 0) -> np.ndarray:
 
 
 def difference(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
-    """Difference of two paired fractions and its 95 % interval (Agresti and Min 2005), in points.
-
-    Half an image is added to each cell of the table of pairs, which keeps the interval honest where few pairs differ.
-    """
-    n = len(first)
+    """Difference of two paired fractions and its 95 % interval, in points."""
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
-    apart, both = only_first - only_second, only_first + only_second
-    centre = apart / (n + 2)
-    spread = 1.96 * math.sqrt(both + 1 - apart**2 / (n + 2)) / (n + 2)
-    return 100 * apart / n, 100 * (centre - spread), 100 * (centre + spread)
+    low, high = paired_interval(only_first, only_second, len(first))
+    return 100 * (only_first - only_second) / len(first), 100 * low, 100 * high
+
+
+def with_ensembles(results: list[Result]) -> list[Result]:
+    """``results`` and, where an ensemble was not run as such, the union of its four parts.
+
+    For ours that is what the ensemble gives, image by image: the random numbers of an image depend on seed, attack and
+    image alone. The reference runs each part on the images that the parts before left, in other batches, so with other
+    random numbers: the union has the same distribution. FAB-T draws nothing, so one seed serves for all.
+    """
+    parts = ATTACKS[1:-1]
+    found = {(r["network"], r["attack"], r["who"], r["seed"], r["n"], r["weights"]): r for r in results}
+    union = []
+    for network, attack, who, seed, n, weights in found:
+        if attack != parts[0] or (network, ATTACKS[-1], who, seed, n, weights) in found:
+            continue
+        members = [
+            next((found[key] for at in (seed, 0) if (key := (network, part, who, at, n, weights)) in found), None)
+            if part == "fab-t"
+            else found.get((network, part, who, seed, n, weights))
+            for part in parts
+        ]
+        if all(members):
+            whole = [member for member in members if member]
+            fooled = np.logical_or.reduce([from_hex(member["fooled"], n) for member in whole])
+            right = from_hex(whole[0]["right"], n)
+            sums = {key: sum(m[key] for m in whole) for key in ("seconds", "forward_images", "gradient_images")}
+            union.append(
+                {**whole[0], **sums, "attack": ATTACKS[-1], "fooled": to_hex(torch.from_numpy(fooled)), "outside": 0}
+                | {"robust_accuracy": int((right & ~fooled).sum()) / n, "note": "union of its four parts"}
+            )
+    return [*results, *union]
 
 
 def jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str, int]]:
@@ -89,10 +114,10 @@ def is_same(result: Result, network: str, attack: str, who: str, seed: int, n: i
     return same == (network, attack, who, seed, n) and weights in ("", result["weights"])
 
 
-def run(task: Task, attack: str, who: str, seed: int, reference: str) -> Result:
+def run(task: Task, attack: str, who: str, seed: int, reference: str, *, mixed: bool = False) -> Result:
     """One result as it is stored."""
     ours = who == "ours"  # as it is run by coldforge; the others get the same function, quicker
-    found = compare(who, attack, task, seed=seed, helped=ours, folded=not ours, reference=reference)
+    found = compare(who, attack, task, seed=seed, helped=ours, folded=not ours, mixed=mixed, reference=reference)
     n = len(task.labels)
     origin = provenance(seed)
     return {
@@ -112,6 +137,7 @@ def run(task: Task, attack: str, who: str, seed: int, reference: str) -> Result:
         "forward_images": found.forward,
         "gradient_images": found.backward,
         "batch": found.batch,
+        "precision": "mixed" if ours or mixed else "fp32",
         "note": NOTES.get((who, attack), ""),
         "fooled": to_hex(found.fooled),
         "right": to_hex(task.right),
@@ -166,7 +192,7 @@ def table(record: dict[str, Any]) -> str:
         "| reference - itself, other seed | within |",
         "|---|---|---:|---:|---:|---:|---:|---:|---|",
     ]
-    for row in verdicts(record["results"]):
+    for row in verdicts(with_ensembles(record["results"])):
         low, high = row["ci95_points"]
         lines.append(
             f"| {row['network']} | {row['attack']} | {row['seed']} | {row['n']} | {100 * row['ours']:.1f} "
@@ -180,10 +206,11 @@ def table(record: dict[str, Any]) -> str:
         "| forward passes an image | gradients an image | note |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
-    for result in sorted(record["results"], key=place):
+    results = with_ensembles(record["results"])
+    for result in sorted(results, key=place):
         same = [
             ours
-            for ours in record["results"]
+            for ours in results
             if ours["who"] == "ours"
             and all(ours[key] == result[key] for key in ("network", "attack", "seed", "weights"))
             and ours["n"] >= result["n"]
@@ -207,6 +234,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="networks, attacks and names that are to be run")
     parser.add_argument("--again", action="store_true", help="run and replace what is there already")
     parser.add_argument("--reference", default="", help="folder with a clone of fra31/auto-attack")
+    parser.add_argument("--mixed", action="store_true", help="the others' networks in bf16 far from their boundary")
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--table", action="store_true", help="print the record as Markdown and run nothing")
     parser.add_argument("--out", type=Path, default=Path("results/attacks_parity.json"))
@@ -227,10 +255,10 @@ def main() -> None:
         if present and not arguments.again:
             print(f"{name}  {100 * present[0]['robust_accuracy']:5.1f} %  (there already)", flush=True)
             continue
-        result = run(task, attack, who, seed, arguments.reference)
+        result = run(task, attack, who, seed, arguments.reference, mixed=arguments.mixed)
         kept = [old for old in record["results"] if not is_same(old, *job)]
         record = {"results": [*kept, result], "provenance": provenance(seed, ["python", *sys.argv])}
-        record["verdicts"] = list(verdicts(record["results"]))
+        record["verdicts"] = list(verdicts(with_ensembles(record["results"])))
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(arguments.out, json.dumps(record, indent=1) + "\n")
         passes, gradients = (result[f"{what}_images"] / result["n"] for what in ("forward", "gradient"))

@@ -4,7 +4,7 @@
 
 A notebook in the repository of arXiv 2403.09441 shows such a network (0.8092 under PGD against 0.8059 clean). Here an
 adversarially trained cnn8 (results/networks/fashion-mnist-cnn8) is rounded to 4 bits after training, with min-max
-ranges, and attacked as there: PGD-20 from the image itself, without random start, through the graph as it computes,
+ranges and one step for all weights of a layer, as there, and attacked as there: PGD-20 from the image itself, without random start, through the graph as it computes,
 whose rounding has the gradient 0. Then with gradients passed through the rounding, with AutoAttack-lite and transfer;
 and the masking panel looks at both.
 """
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from coldforge.attacks import ThreatModel, parse_attack
-from coldforge.compress import ActivationQuantizer, attacking, load_network, quantize
+from coldforge.compress import ActivationQuantizer, QuantizedLayer, attacking, load_network, quantize
 from coldforge.data import load_data
 from coldforge.evaluate import Target, evaluate, masking_panel
 from coldforge.provenance import physical_cores, provenance
@@ -49,6 +49,14 @@ class HardRounding(nn.Module):
         return torch.round((x - low) / step) * step + low
 
 
+def per_tensor(network: nn.Module) -> nn.Module:
+    """The same network with one weight step a layer, from the largest weight, as the notebook's quantizers have it."""
+    for layer in network.modules():
+        if isinstance(layer, QuantizedLayer):
+            layer.weight_step.data.fill_(float(layer.weight.detach().abs().max()) / layer.qmax)
+    return network
+
+
 def hard(network: nn.Module) -> nn.Module:
     """A copy of a fake-quantized network whose activations are rounded by :class:`HardRounding`."""
     with attacking(network):
@@ -64,6 +72,7 @@ def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=1000)
+    parser.add_argument("--panel-n", type=int, default=100, help="images that the masking panel looks at")
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--out", type=Path, default=Path("results/int4_masking.json"))
     arguments = parser.parse_args()
@@ -72,7 +81,7 @@ def main() -> None:
     test = data.test.take(slice(0, arguments.n))
     dense, _ = load_network(NETWORK)
     spec = QuantizeSpec(weight_bits=4, activation_bits=4, edge_bits=4, calibration="minmax")
-    rounded = quantize(dense, spec, data.train.pixels(slice(0, 512)))
+    rounded = per_tensor(quantize(dense, spec, data.train.pixels(slice(0, 512))))
     networks = {"as it computes": hard(rounded), "gradients through the rounding": rounded}
     rows = {}
     for label, network in networks.items():
@@ -86,7 +95,7 @@ def main() -> None:
             pgd = parse_attack("pgd-20-paper")
             last = pgd(network, test.pixels(), test.labels, THREAT_MODEL, keep_last=True).last
             row["accuracy on the last iterate"] = float((Target(network).answers(last) == test.labels).double().mean())
-        part = test.take(slice(0, 200))
+        part = test.take(slice(0, arguments.panel_n))
         panel = masking_panel(Target(network), part.pixels(), part.labels, THREAT_MODEL)
         rows[label] = {"accuracy": row, "verdict": panel.verdict, "checks": [c.model_dump() for c in panel.checks]}
         print(label, row, panel.verdict)

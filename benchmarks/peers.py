@@ -136,6 +136,7 @@ def compare(
     batch: int = 0,
     helped: bool = False,
     folded: bool = False,
+    mixed: bool = False,
     reference: str = "",
 ) -> Outcome:
     """Run one attack and verify what it found.
@@ -149,11 +150,15 @@ def compare(
         helped: channels-last and bf16 autocast around the model. For ours that is a search whose successes are
             confirmed in fp32 while it searches; the others only hear what holds in fp32 from the verification.
         folded: give a peer the network with BatchNorm folded, channels-last: the same function in fp32, less time.
+        mixed: and in bf16 far from the decision boundary (:class:`Mixed`).
         reference: folder with a clone of fra31/auto-attack to be used instead of the package.
     """
     batch = batch or default_batch(who, attack)
     network = copy.deepcopy(task.network)
-    exact = Counted(fast_copy(network, "fp32") if folded and who != "ours" else network)
+    if folded and who != "ours":
+        network = fast_copy(network, "fp32")
+        network = Mixed(network, fast_copy(task.network, "bf16")) if mixed and has_bf16() else network
+    exact = Counted(network)
     model = Counted(Helped(channels_last(copy.deepcopy(task.network)))) if helped else exact
     classes = predict(task.network, task.images[:1]).shape[1]
     job = Job(model, exact, task.images, task.labels, task.threat_model, classes, seed, batch, reference)
@@ -230,6 +235,23 @@ class Helped(nn.Module):
         with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
             logits: Tensor = self.network(images.contiguous(memory_format=torch.channels_last))
         return logits.float()
+
+
+class Mixed(nn.Module):
+    """The bf16 copy where its two largest logits are clearly apart, the fp32 one elsewhere: every decision is fp32's."""
+
+    CLEARLY = 0.3
+    """Three times the largest difference of the two copies' logits on these networks (0.05 and 0.11)."""
+
+    def __init__(self, exact: nn.Module, quick: nn.Module) -> None:
+        super().__init__()
+        self.exact, self.quick = exact, quick
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.quick(images).float()
+        top = logits.detach().topk(2, 1).values
+        doubtful = (top[:, 0] - top[:, 1] < self.CLEARLY).nonzero()[:, 0]
+        return logits.index_copy(0, doubtful, self.exact(images[doubtful])) if len(doubtful) else logits
 
 
 @contextlib.contextmanager

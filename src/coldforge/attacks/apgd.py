@@ -8,10 +8,10 @@ first step with zero); an image leaves at its first success; the start is unifor
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from coldforge.attacks.base import Attack, Slots
@@ -46,6 +46,12 @@ class APGD(Attack):
             return "apgd-ce" if self.steps == 100 else f"apgd-ce-{self.steps}"
         standard = (self.steps, self.n_targets) == (100, MOST_TARGETS)
         return "apgd-t" if standard else f"apgd-t-{self.steps}-{self.n_targets}"
+
+    @model_validator(mode="after")
+    def _one_run_for_each_target(self) -> Self:
+        if self.loss == "dlr":
+            refuse_restarts(self)
+        return self
 
     def targets(self, model: Classifier, images: Tensor, labels: Tensor) -> Tensor | None:
         """The strongest other classes, strongest first, for the targeted loss."""
@@ -126,8 +132,16 @@ class APGD(Attack):
 
 def strongest_others(model: Classifier, images: Tensor, labels: Tensor, count: int) -> Tensor:
     """The ``count`` wrong classes with the largest logits, at most all, strongest first, ``(N, min(count, K - 1))``."""
-    logits = predict(model, images).scatter(1, labels[:, None], -torch.inf)
+    logits = predict(model, images).clamp_min(torch.finfo(torch.float32).min).scatter(1, labels[:, None], -torch.inf)
     return logits.argsort(dim=1, descending=True, stable=True)[:, : min(count, logits.shape[1] - 1)]
+
+
+def refuse_restarts(attack: Attack) -> None:
+    """Raise a ValueError unless there is one run for each target: more would not be made."""
+    if attack.restarts > 1:
+        raise ValueError(
+            f"expected restarts = 1, got {attack.restarts}: a targeted attack makes one run for each target"
+        )
 
 
 def targeted_direction(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:

@@ -29,6 +29,10 @@ _DOUBT = 0.01
 """A judge is also asked where the margin is smaller than ever before and than this part of the range of the logits."""
 
 
+_STEEPEST = 1e15
+"""Stands for an infinite slope: its square is finite."""
+
+
 @dataclass
 class Slots:
     """The images being attacked now: one tile. Row i of every tensor belongs to the image in slot i."""
@@ -56,7 +60,7 @@ class AttackResult:
     step: Tensor  # (N,) int64: step of the first success, -1 without
     restart: Tensor  # (N,) int64: restart (or target, from 0) of the first success, -1 without
     queries: Tensor  # (N,) int64: forward passes spent
-    margin: Tensor  # (N,) float32: smallest margin seen
+    margin: Tensor  # (N,) float32: smallest margin seen inside ball and box
     finished: Tensor  # (N,) bool: fooled, or attacked to the end; False where it was stopped before
     disputed: Tensor  # (N,) bool: the network was wrong somewhere where the judge was right
     part: Tensor  # (N,) int64: for an ensemble, which of its attacks came first, -1 without
@@ -167,6 +171,7 @@ class Attack(Spec, ABC):
         Raises:
             AttackError: images outside [0, 1], or a threat model for which the attack is not defined.
         """
+        images = images.detach()
         check_images(images, labels)
         self.check(threat_model)
         count = len(images)
@@ -199,7 +204,8 @@ class Attack(Spec, ABC):
                     break
                 direction = (lambda logits: self.direction(logits, slots)) if self.uses_gradients else None
                 slots.logits, gradient = query(model, slots.points, direction)
-                slots.gradient = slots.gradient if gradient is None else gradient
+                if gradient is not None:  # one pixel without a slope must not stop the search in all others
+                    slots.gradient = gradient.nan_to_num(nan=0.0, posinf=_STEEPEST, neginf=-_STEEPEST)
                 ended = busy & (slots.step >= self.steps)
                 done = self._judge(slots, image, ended, runs, threat_model, result, judge, keep_last)
                 ran[image[ended & ~done]] += 1
@@ -237,6 +243,8 @@ class Attack(Spec, ABC):
         at = image[rows]
         result.queries[at] += 1
         margin = margins(slots.logits, slots.labels)
+        if not self.projects:
+            margin = margin.masked_fill(~threat_model.contains(slots.points, slots.clean), torch.inf)
         lowest = busy & (margin < result.margin[image])
         result.margin[at] = torch.minimum(result.margin[at], margin[rows])
         very_last = ended & (slots.run == runs - 1)

@@ -10,13 +10,13 @@ hyperplane inside the box is solved by Newton's method, not by sorting.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from coldforge.attacks.apgd import MOST_TARGETS, strongest_others
+from coldforge.attacks.apgd import MOST_TARGETS, refuse_restarts, strongest_others
 from coldforge.attacks.base import Attack, Slots
 from coldforge.attacks.query import Classifier, margins
 from coldforge.attacks.threat import ThreatModel
@@ -43,6 +43,11 @@ class FAB(Attack):
         """Such as "fab-t" or "fab-t-20-3"."""
         standard = (self.steps, self.n_targets) == (100, MOST_TARGETS)
         return "fab-t" if standard else f"fab-t-{self.steps}-{self.n_targets}"
+
+    @model_validator(mode="after")
+    def _one_run_for_each_target(self) -> Self:
+        refuse_restarts(self)
+        return self
 
     def check(self, threat_model: ThreatModel) -> None:
         """Only linf, and only inside the box."""

@@ -23,22 +23,30 @@ Judge = Callable[[Tensor], Tensor]
 
 @contextmanager
 def untouched(model: Classifier) -> Iterator[None]:
-    """Inside, a network is in evaluation mode and its parameters need no gradient; after, every flag is as before."""
+    """Inside, a network is in evaluation mode, its parameters need no gradient, and its quantizers' ranges stand still;
+    after, every flag is as before.
+    """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
     training = [module.training for module in modules]
+    observers = [flag for module in modules if isinstance(flag := getattr(module, "observer_enabled", None), Tensor)]
+    observing = [flag.clone() for flag in observers]  # of torch.ao: ranges that move in evaluation mode, too
     needed = [parameter.requires_grad for parameter in parameters]
     try:
         for module in modules:
             module.training = False
         for parameter in parameters:
             parameter.requires_grad_(False)
+        for observer in observers:
+            observer.zero_()
         yield
     finally:
         for module, flag in zip(modules, training, strict=True):
             module.training = flag
         for parameter, flag in zip(parameters, needed, strict=True):
             parameter.requires_grad_(flag)
+        for observer, on in zip(observers, observing, strict=True):
+            observer.copy_(on)
 
 
 def check_images(images: Tensor, labels: Tensor) -> None:
@@ -58,7 +66,7 @@ def predict(model: Classifier, images: Tensor, *, tile: int = TILE) -> Tensor:
     """Logits ``(N, K)`` of ``images``, without gradients; always ``tile`` images at a time, the last ones filled up."""
     outputs = []
     with untouched(model), torch.no_grad():
-        for part in images.split(tile):
+        for part in images.split(tile) if len(images) else ():
             missing = tile - len(part)
             filled = torch.cat([part, part[-1:].expand(missing, -1, -1, -1)]) if missing else part
             outputs.append(model(filled)[: len(part)].float())
@@ -100,6 +108,9 @@ def query(
 
     Returns:
         Logits ``(N, K)`` in float32, and the gradient of the loss ``(N, C, H, W)`` or None.
+
+    Raises:
+        AttackError: a direction is given, and autograd knows no way from the logits to the pixels.
     """
     if direction is None:
         with torch.no_grad():
@@ -107,5 +118,10 @@ def query(
     with torch.enable_grad():
         inputs = points.detach().requires_grad_()
         logits = model(inputs)
+        if not logits.requires_grad:
+            raise AttackError(
+                "expected logits that depend on the pixels by differentiable operations, found none; take an attack "
+                "that only asks for answers, such as square"
+            )
         (gradient,) = torch.autograd.grad(logits, inputs, direction(logits.detach()))
     return logits.detach().float(), gradient

@@ -26,6 +26,10 @@ class ThreatModel:
     eps: float
     box: bool = True
 
+    def __post_init__(self) -> None:
+        if self.norm not in ("linf", "l2"):
+            raise AttackError(f'expected the norm "linf" or "l2", got "{self.norm}"')
+
     @classmethod
     def of(cls, spec: ThreatModelSpec) -> ThreatModel:
         """From a recipe's table."""
@@ -34,9 +38,10 @@ class ThreatModel:
     def size(self, perturbations: Tensor) -> Tensor:
         """Norm of each perturbation ``(N, ...)``, as ``(N,)``."""
         flat = perturbations.flatten(1)
-        order = float("inf") if self.norm == "linf" else 2.0
-        sizes: Tensor = torch.linalg.vector_norm(flat, order, dim=1)
-        return sizes
+        if self.norm == "linf":
+            return flat.abs().amax(1)
+        sizes: Tensor = torch.linalg.vector_norm(flat, 2.0, dim=1, dtype=torch.float64)  # many squares are summed
+        return sizes.to(flat.dtype)
 
     def project(self, points: Tensor, clean: Tensor) -> Tensor:
         """The nearest allowed points: first onto the ball, then into the box (exact for linf; for l2 the second

@@ -27,8 +27,7 @@ from coldforge.evaluate.masking_checks import check, percent
 from coldforge.records import MaskingCheckRecord
 
 INNER_POINTS = 512
-"""Points on the near side of a head; twice as many changed no success rate by more than a point, half as many let
-random sampling succeed."""
+"""Points on the near side of a head (theirs: 999). With half as many, random sampling succeeds up to twice as often."""
 INNER_RADIUS = 0.95
 """They lie within this part of eps (the paper's eta)."""
 CLOSENESS = 0.999
@@ -39,13 +38,15 @@ PIXELS_PER_FEATURE = 6
 MAX_FEATURES = 256
 """Limits what one head costs: a system of linear equations of that size."""
 RIDGE = 0.1
-"""Added to the covariance, in units of its mean diagonal: dead features must not weigh without bound."""
+"""Added to the covariance, in units of its mean diagonal. Features that hardly vary, or single codes of a quantized
+layer, must not weigh without bound: with 0.001 an honest pruned network lost 8 points of ``found``, and random sampling
+succeeded four times as often."""
 STEPS = 50
 """Of the attack: projected gradient ascent, 2.5 eps / STEPS each, as PGD takes them."""
 RESTARTS = 3
 
 LEAST_FOUND = 0.75
-"""Part of the planted images that the attack must find. Honest networks: 0.92 to 1; planted flaws: 0 to 0.15."""
+"""Part of the planted images that the attack must find. Honest networks: 0.9 to 1; planted flaws: 0 to 0.16."""
 MOST_AT_RANDOM = 0.5
 """Where random sampling finds more of them, the test says nothing."""
 LEAST_USABLE = 0.9

@@ -12,7 +12,7 @@ network, which has two kinds of gradients) and 1,600 forward passes; images that
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -189,11 +189,7 @@ def _white_box(network: nn.Module, task: Task, target: Target, say: Callable[[st
     generator = torch.Generator().manual_seed(task.seed)
     checks = gradient_checks(network, task.images, task.labels, task.ball, backwards, generator)
 
-    def classifier(points: Tensor) -> Tensor:
-        logits: Tensor = network(_FiniteGradient.apply(points))  # type: ignore[no-untyped-call]
-        return logits
-
-    box = WhiteBox(network, classifier, backwards)
+    box = WhiteBox(network, backwards)
     file = target.file.logits if target.file is not None else None
     checks += attack_checks(box, task, target.surrogates, file, say)
     say("binarization")
@@ -239,15 +235,3 @@ def _too_few(right: int, n: int) -> MaskingCheckRecord:
         threshold=float(FEWEST_RIGHT),
         meaning=f"only {right} of {n} images are right when clean, at least {FEWEST_RIGHT} are needed: attacks not run",
     )
-
-
-class _FiniteGradient(torch.autograd.Function):
-    """The identity; a gradient that is NaN or infinite becomes 0 there, so that one pixel does not stop an attack."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

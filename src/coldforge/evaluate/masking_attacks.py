@@ -39,14 +39,15 @@ SQUARE = "square-1000"
 """Square finds most of what it ever finds in this many queries (the standard 5,000 belong to the evaluation itself)."""
 
 STEPS_SHARE = 0.05
-"""Images that fall only between 20 and 50 steps (honest: at most 0.04), and images by which more steps do worse: luck
-alone moves 0.03 of 100 images (honest), planted flaws up to 0.4."""
+"""Images by which more steps do worse. Honest: at most 0.02; planted: up to 0.4."""
+LATE_SHARE = 0.1
+"""Images that fall only between 20 and 50 steps. Honest: at most 0.046."""
 RESTARTS_SHARE = 0.05
-"""Images that fall only in further restarts. Honest: at most 0.04 (2 bits; else 0.014); planted 0.05 to 0.4."""
+"""Images that fall only in further restarts. Honest: at most 0.027, and 0.04 at 2 bits; planted: up to 0.4."""
 UNBOUNDED_SHARE = 0.05
-"""Images left when every pixel is free. Honest: 0; planted 0.05 to 0.3."""
-SQUARE_SHARE = 0.05
-"""Images that Square alone fools. Honest: at most 0.03, and 0.04 at 2 bits; planted 0.16 to 0.8."""
+"""Images left when every pixel is free. Honest: 0; planted: 0.06 to 0.3."""
+SQUARE_SHARE = 0.06
+"""Images that Square alone fools. Honest: at most 0.028, and 0.035 at 2 bits; planted: 0.11 to 0.8."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +88,6 @@ class WhiteBox:
     """A network in evaluation mode, attacked with every kind of gradient it has."""
 
     network: nn.Module
-    classifier: Classifier
-    """The network; gradients that are NaN arrive as 0."""
     backwards: Sequence[Backward]
 
     def broken(self, task: Task, attacks: Sequence[Attack], within: Tensor | None = None) -> Tensor:
@@ -98,7 +97,7 @@ class WhiteBox:
         for attack in attacks:
             for backward in self.backwards:
                 with attacking(self.network, backward):
-                    fooled |= task.run(attack, self.classifier, left & ~fooled)
+                    fooled |= task.run(attack, self.network, left & ~fooled)
         return fooled
 
 
@@ -129,10 +128,11 @@ def attack_checks(
     pgd_breaks = by_steps[STEPS[-1]]
 
     say("restarts")
-    again = box.broken(task, pgd(SWEEP_STEPS, RESTARTS)[:1], ~pgd_breaks)
-    checks.append(_restart_check(again))
-    white = torch.stack([again, *by_steps.values()]).any(0)
+    white = torch.stack([*by_steps.values()]).any(0)
     white |= box.broken(task, [named(STRONGEST)], ~white)
+    again = box.broken(task, pgd(SWEEP_STEPS, RESTARTS)[:1], ~white)
+    checks.append(_restart_check(again))
+    white |= again
 
     say("eps")
     by_eps = {f: box.broken(task.scaled(f), pgd(SWEEP_STEPS)) for f in EPS_FACTORS if f != 1}
@@ -146,10 +146,10 @@ def attack_checks(
     strong = f"PGD-{STEPS[-1]}"
     checks.append(paired("fgsm_beats_pgd", single, "FGSM, a single step,", strong, START))
     with attacking(box.network):
-        noisy = fooled_by_noise(box.classifier, task, ~white)
+        noisy = fooled_by_noise(box.network, task, ~white)
         checks.append(paired("noise_beats_gradient", noisy, NOISE, "gradient attacks", BEND))
         say("Square")
-        found = task.run(named(SQUARE), file or box.classifier, ~white)
+        found = task.run(named(SQUARE), file or box.network, ~white)
     words = f"Square, which sees no gradients ({SQUARE}),"
     checks.append(paired("square_beats_gradient", found, words, "gradient attacks", BEND, SQUARE_SHARE))
 
@@ -175,7 +175,7 @@ def _step_checks(by_steps: Mapping[int, Tensor]) -> list[MaskingCheckRecord]:
     worse = max(stands[more] - stands[fewer] for fewer, more in pairwise(STEPS))
     late = stands[STEPS[-2]] - stands[STEPS[-1]]
     curve = ", ".join(f"{steps}: {percent(stands[steps])}" for steps in STEPS)
-    fell = f"from {STEPS[-2]} to {STEPS[-1]} steps of PGD {percent(max(late, 0))} of the images fell"
+    fell = f"from {STEPS[-2]} to {STEPS[-1]} steps another {percent(max(late, 0))} of the images fell"
     return [
         check(
             "more_steps_never_weaker",
@@ -188,7 +188,7 @@ def _step_checks(by_steps: Mapping[int, Tensor]) -> list[MaskingCheckRecord]:
         check(
             "steps_converged",
             late,
-            allowed(n, STEPS_SHARE),
+            allowed(n, LATE_SHARE),
             f"PGD has converged: {fell}",
             f"PGD has not converged: {fell}",
             "take more steps, or APGD, until the accuracy no longer falls",
@@ -198,7 +198,9 @@ def _step_checks(by_steps: Mapping[int, Tensor]) -> list[MaskingCheckRecord]:
 
 def _restart_check(again: Tensor) -> MaskingCheckRecord:
     late = float(again.double().mean())
-    more = f"{RESTARTS} more starts of PGD-{SWEEP_STEPS} broke another {percent(late)} of the images"
+    more = (
+        f"after PGD-{STEPS[-1]} and APGD-T, {RESTARTS} more starts of PGD broke another {percent(late)} of the images"
+    )
     return check(
         "restarts",
         late,

@@ -101,14 +101,14 @@ def gradient_checks(
             "attack cannot move there",
             "find the operation that divides by zero or takes the root of zero, and give it a finite derivative",
         ),
-        _zero_check("zero_gradients_ce", _zero(ce), n, "cross-entropy, computed in the plain way", RESCALE),
+        _zero_check("zero_gradients_ce", _zero(ce), n, "plain cross-entropy", RESCALE),
         _zero_check("zero_gradients_margin", _zero(margin), n, "the margin of the logits", BPDA),
         _zero_check("zero_gradients_nearby", _zero(around), n, "the margin at random points of the ball", BPDA),
         check(
             "gradients_at_images",
             ratio,
             SMALLEST_RATIO,
-            f"gradients at the images are as large as around them (ratio {ratio:.2g})",
+            f"gradients at the images are about as large as around them (ratio {ratio:.2g})",
             f"gradients at the images are {ratio:.1g} of those around them: something flattens the network exactly at "
             "the data",
             "start attacks from random points of the ball, several times, and do not trust FGSM from the image",
@@ -136,7 +136,7 @@ def _zero_check(name: str, zero: float, n: int, loss: str, remedy: str) -> Maski
         name,
         zero,
         allowed(n, ZERO_SHARE),
-        f"the gradient of {loss} is not zero at {_most(zero)} images",
+        f"the gradient of {loss} leads somewhere at {_most(zero)} images",
         f"the gradient of {loss} is zero at {percent(zero)} of the images: an attack that follows it does not move",
         remedy,
     )
