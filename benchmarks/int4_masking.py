@@ -4,9 +4,9 @@
 
 A notebook in the repository of arXiv 2403.09441 shows such a network (0.8092 under PGD against 0.8059 clean). Here an
 adversarially trained cnn8 (results/networks/fashion-mnist-cnn8) is rounded to 4 bits after training, with min-max
-ranges and one step for all weights of a layer, as there, and attacked as there: PGD-20 from the image itself, without random start, through the graph as it computes,
-whose rounding has the gradient 0. Then with gradients passed through the rounding, with AutoAttack-lite and transfer;
-and the masking panel looks at both.
+ranges and one step for all weights of a layer, as there, and attacked as there: PGD-20 from the image itself, without
+random start, through the graph as it computes, whose rounding has the gradient 0. Then with gradients passed through
+the rounding, with AutoAttack-lite and transfer; and the masking panel looks at both.
 """
 
 from __future__ import annotations

@@ -238,7 +238,7 @@ class Helped(nn.Module):
 
 
 class Mixed(nn.Module):
-    """The bf16 copy where its two largest logits are clearly apart, the fp32 one elsewhere: every decision is fp32's."""
+    """The bf16 copy where its two largest logits are clearly apart, else the fp32 one: every decision is fp32's."""
 
     CLEARLY = 0.3
     """Three times the largest difference of the two copies' logits on these networks (0.05 and 0.11)."""

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from coldforge import assemble, stages
-from coldforge.attacks import ThreatModel, parse_attack, parse_pgd
+from coldforge.attacks import ThreatModel, parse_attack, parse_inner
 from coldforge.data import DataSplits, load_data
 from coldforge.models import check_classifier, model_source
 from coldforge.progress import Progress, Step
@@ -34,15 +34,19 @@ def arrow(shop: Shop) -> Arrow:
     baseline = stages.baseline(shop)
     parent = stages.prune(shop, baseline)
     compressed = stages.quantize(shop, parent)
-    tuned = {arm: stages.finetune(shop, compressed, arm) for arm in recipe.finetune.arms if arm != "none"}
+    taught = recipe.finetune.objective == "distill" and recipe.finetune.teacher == "reference"
+    reference = stages.reference(shop) if recipe.reference.train or taught else None
+    teacher = reference if taught else baseline
+    arms = [arm for arm in recipe.finetune.arms if arm != "none"]
+    tuned = {arm: stages.finetune(shop, parent, compressed, arm, teacher=teacher) for arm in arms}
     twin = compressed if recipe.deploy.arm == "none" else tuned[recipe.deploy.arm]
 
     networks = {"baseline": baseline, "parent": parent, "compressed": compressed}
     networks |= {f"tuned: {arm}": stage for arm, stage in tuned.items()}
     if recipe.control.train:
         networks["control"] = stages.control(shop, compressed)
-    if recipe.reference.train:
-        networks["reference"] = stages.reference(shop)
+    if reference is not None:
+        networks["reference"] = reference
     files = {row: stages.export(shop, network, row) for row, network in networks.items()}
     artifact = next(row for row, network in networks.items() if network is twin)
 
@@ -121,7 +125,7 @@ def resolve(recipe: Recipe) -> Recipe:
     for name in recipe.evaluate.attacks:
         parse_attack(name).check(threat_model)
     for spec in (recipe.finetune, recipe.reference, recipe.model.train):
-        parse_pgd(spec.attack).check(threat_model)
+        parse_inner(spec.attack).check(threat_model)
     compute = recipe.compute
     threads = compute.threads or min(physical_cores(), 8)
     precision = compute.precision if compute.precision != "auto" else ("bf16" if has_bf16() else "fp32")

@@ -61,10 +61,14 @@ class DataSpec(Spec):
 class TrainSpec(Spec):
     """One training run: objective, inner attack, optimizer, schedule."""
 
-    objective: Literal["natural", "adversarial"] = "natural"
-    """natural: cross-entropy on clean images; adversarial: on adversarial ones (Madry et al. 2018)."""
+    objective: Literal["natural", "adversarial", "trades", "distill"] = "natural"
+    """natural: cross-entropy on clean images; adversarial: on adversarial ones (Madry et al. 2018); trades: clean
+    cross-entropy plus beta times the divergence of clean and adversarial answers (Zhang et al. 2019); distill: answers
+    of a teacher on adversarial images (RSLAD, Zi et al. 2021), in fine-tuning only."""
     attack: str = "fgsm-rs"
-    """Inner attack of adversarial training: fgsm-rs, or pgd-K such as pgd-7. See `coldforge recipes --attacks`."""
+    """Inner attack: fgsm-rs, n-fgsm, fgsm-reuse, or pgd-K such as pgd-7. See `coldforge recipes --attacks`."""
+    beta: Number = Field(default=6.0, gt=0)
+    """Weight of the divergence in trades."""
     epochs: int = Field(default=3, ge=1)
     """Passes over the training images."""
     batch_size: int = Field(default=128, ge=1)
@@ -85,9 +89,29 @@ class TrainSpec(Spec):
     """Part of training in which eps of the inner attack rises from 0 to its full value."""
     label_smoothing: Number = Field(default=0.0, ge=0, lt=1)
     """Label smoothing of the outer loss."""
+    soft: Number = Field(default=1.0, ge=0, le=1)
+    """distill: part of the teacher's answer in the target; the rest is the label."""
+    temperature: Number = Field(default=1.0, gt=0)
+    """distill: the teacher's logits are divided by it."""
+    awp: Number = Field(default=0.0, ge=0)
+    """Adversarial weight perturbation (Wu et al. 2020): its size, relative to each layer's weights, such as 0.005; 0:
+    off. Takes one more forward and backward pass a step."""
+    ema: Number = Field(default=0.0, ge=0, lt=1)
+    """Decay of an average of the weights, such as 0.995; 0: off. The average is watched beside the weights, and what is
+    better on the validation part is kept."""
+    keep: Literal["last", "best"] = "last"
+    """Which epoch is kept: the last, or the one that is best on the validation part."""
+    bits_ramp: Number = Field(default=0.0, ge=0, lt=1)
+    """Part of training in which the bits of a quantized network fall from 8 to theirs; 0: theirs from the start."""
     retries: int = Field(default=2, ge=0)
-    """How often a collapsed training is started again: at a third of the learning rate, or, if it overfitted its inner
-    attack, with one more step of it."""
+    """How often a collapsed training is rolled back to its last good epoch: it goes on at a third of the learning rate,
+    or, if it overfitted its inner attack, with one more step of it."""
+
+    @model_validator(mode="after")
+    def _teachable(self) -> Self:
+        if self.objective == "distill" and "teacher" not in type(self).model_fields:
+            raise ValueError('objective: expected natural, adversarial or trades, got "distill", which needs a teacher')
+        return self
 
 
 class ModelSpec(Spec):
@@ -130,11 +154,11 @@ class PruneSpec(Spec):
         return self
 
 
-Bits = Literal[2, 3, 4, 5, 6, 7, 8, 16, 32]
+Bits = Literal[1, 2, 3, 4, 5, 6, 7, 8, 16, 32]
 
 
 def _bits(value: object) -> object:
-    valid = (2, 3, 4, 5, 6, 7, 8, 16, 32)
+    valid = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
     if value not in valid:
         raise ValueError(f"expected a whole number of bits, one of {', '.join(map(str, valid))} (32: off), got {value}")
     return value
@@ -144,7 +168,7 @@ class QuantizeSpec(Spec):
     """Quantization of weights (per channel, symmetric) and activations (per tensor)."""
 
     weight_bits: Annotated[Bits, BeforeValidator(_bits)] = 8
-    """Bits of the weights; 32 for both turns quantization off."""
+    """Bits of the weights: 1 is -1 and 1, 2 also 0 (ternary); 32 for both turns quantization off."""
     activation_bits: Annotated[Bits, BeforeValidator(_bits)] = 8
     """Bits of the activations."""
     edge_bits: Annotated[Bits, BeforeValidator(_bits)] = 8
@@ -174,10 +198,16 @@ class QuantizeSpec(Spec):
 class FinetuneSpec(TrainSpec):
     """Fine-tuning of the compressed network; one run for each arm."""
 
-    objective: Literal["natural", "adversarial"] = "adversarial"
-    """Set by the arm; leave it alone."""
+    objective: Literal["natural", "adversarial", "trades", "distill"] = "adversarial"
+    """Of the adversarial arm: adversarial, trades or distill; the natural arm is always natural."""
+    teacher: Literal["baseline", "reference"] = "baseline"
+    """Who teaches in distill: the dense baseline, or the dense adversarially trained reference (trained if need be)."""
     attack: str = "pgd-2"
-    """Inner attack of the adversarial arm: fgsm-rs, or pgd-K such as pgd-7. See `coldforge recipes --attacks`."""
+    """Inner attack of the adversarial arm: fgsm-rs, n-fgsm, fgsm-reuse, or pgd-K such as pgd-7."""
+    float_epochs: int = Field(default=0, ge=0)
+    """So many of the epochs come first, in floating point and with BatchNorm, before the network is rounded."""
+    float_lr: Number = Field(default=0.0, ge=0)
+    """Peak learning rate of these; 0: lr."""
     lr: Number = Field(default=0.03, gt=0)
     """Peak learning rate of SGD."""
     weight_decay: Number = Field(default=1e-4, ge=0)
@@ -189,9 +219,14 @@ class FinetuneSpec(TrainSpec):
 
     @model_validator(mode="after")
     def _arms_decide(self) -> Self:
-        if self.objective != "adversarial":
+        if self.objective == "natural":
             raise ValueError(
-                f"finetune.objective is set by finetune.arms; expected arms = [{self.objective!r}] instead"
+                'finetune.objective is that of the adversarial arm; expected finetune.arms = ["natural"] instead'
+            )
+        if self.float_epochs >= self.epochs:
+            raise ValueError(
+                f"finetune.float_epochs: expected fewer than finetune.epochs = {self.epochs}, got {self.float_epochs}: "
+                "the network must be trained through its rounding, too"
             )
         return self
 

@@ -93,6 +93,9 @@ class CurvePoint(RecordModel):
     """On the validation part."""
     robust_accuracy: float
     """On the validation part, under the monitor attack (a PGD-10); -1 where it was not run."""
+    averaged_clean_accuracy: float = -1.0
+    """The same of the averaged weights; -1 where there are none."""
+    averaged_robust_accuracy: float = -1.0
 
 
 class StageRecord(RecordModel):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coldforge.attacks import APGD, ThreatModel, margins, parse_attack, predict
+from coldforge.attacks import APGD, ThreatModel, parse_attack, predict
 from coldforge.attacks.apgd import strongest_others, targeted_direction
 from coldforge.attacks.base import Slots
 from coldforge.attacks.randomness import image_key

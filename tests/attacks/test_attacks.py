@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from coldforge.attacks import PGD, Attack, ThreatModel, check_images, margins, parse_attack, perturb, predict
+from coldforge.attacks import PGD, Attack, ThreatModel, check_images, margins, parse_attack, predict
 from coldforge.attacks.base import Slots
 from coldforge.attacks.query import TILE, loss_direction, query
 from coldforge.attacks.randomness import image_key
@@ -280,24 +280,6 @@ def test_literal_threat_model_may_leave_the_box_and_only_it(task: Any) -> None:
     literal = ThreatModel("linf", 0.3, box=False)
     assert parse_attack("pgd-10")(model, images, labels, literal).adversarial.min() < 0
     assert parse_attack("pgd-10")(model, images, labels, LINF).adversarial.min() >= 0
-
-
-def test_perturb_for_training_equals_the_attack(task: Any) -> None:
-    model, images, labels = task
-    attack = PGD(label="x", steps=20, rel_step=0.1, random_start=False)  # so both begin at the image
-    kept = attack(model, images, labels, LINF, keep_last=True).last
-    batch = perturb(model, images, labels, LINF, attack, torch.Generator())
-    assert ((kept - batch).abs() < 1e-5).float().mean() > 0.995
-    assert not batch.requires_grad
-
-
-def test_perturb_puts_the_network_into_evaluation_mode_and_back(task: Any) -> None:
-    model, images, labels = task
-    model.train()
-    before = hashed(model)
-    perturb(model, images[:4], labels[:4], LINF, parse_attack("pgd-2"), torch.Generator().manual_seed(0))
-    assert hashed(model) == before
-    model.eval()
 
 
 def test_a_result_outside_the_threat_model_is_refused(task: Any) -> None:

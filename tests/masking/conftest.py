@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coldforge.attacks import ThreatModel, parse_attack, perturb
+from coldforge.attacks import ThreatModel, loss_direction, parse_inner, perturb
 from coldforge.compress import attacking
 from coldforge.data import load_data
 from coldforge.models import normalized
@@ -94,7 +95,8 @@ def fit(data: Pooled) -> Callable[..., nn.Module]:
                     ball = ThreatModel("linf", EPS * min(1.0, 2 * done + 0.2))
                     with attacking(network, ("pass_through", "clipped")[i % 2]):
                         labels = data.train_labels[batch]
-                        images = perturb(network, images, labels, ball, parse_attack(inner), generator)
+                        ascend = functools.partial(loss_direction, labels=labels, loss="ce")
+                        images = perturb(network, images, ascend, ball, parse_inner(inner), generator)
                 network.train()
                 loss = F.cross_entropy(network(images) / temperature, wanted[batch])
                 optimizer.zero_grad(set_to_none=True)

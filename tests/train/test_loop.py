@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from coldforge.attacks import ThreatModel, parse_attack, perturb, predict
+from coldforge.attacks import ThreatModel, parse_attack, parse_inner, perturb, predict
 from coldforge.compress import ActivationQuantizer, QuantizedLayer
 from coldforge.data import from_arrays
 from coldforge.errors import CollapseError, TrainingError
@@ -265,8 +265,9 @@ def curve(*robust, loss=1.5, eps=0.1):
 
 
 def judge(build, splits, points, attack="fgsm-rs"):
-    inner = parse_attack(attack) if attack else None
-    loop.refuse_collapse(build("float"), splits.validation, points, inner, 0.1, TrainSpec(epochs=2))
+    inner = parse_inner(attack) if attack else None
+    spec = TrainSpec(epochs=2, objective="adversarial" if attack else "natural")
+    loop.refuse_collapse(build("float"), splits.validation, points, inner, 0.1, spec)
 
 
 @pytest.mark.parametrize("robust", [(0.5, 0.05), (0.1, 0.6, 0.55, 0.2), (0.3, 0.0)])

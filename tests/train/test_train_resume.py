@@ -80,7 +80,7 @@ def test_a_checkpoint_at_the_very_end_is_the_result(build, splits, threat, tmp_p
 
 def test_without_a_folder_nothing_is_written(build, splits, threat, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop, "save_state", lambda *_: pytest.fail("written"))
+    monkeypatch.setattr(checkpoint, "save_state", lambda *_: pytest.fail("written"))
     train(build("float"), splits, TrainSpec(epochs=1, batch_size=16), threat)
     assert list(tmp_path.iterdir()) == []
 
@@ -104,7 +104,7 @@ def test_a_stronger_inner_attack_is_remembered(build, splits, threat, tmp_path, 
     """As above, for the other kind of retry."""
 
     def overfitted(network, validation, curve, inner, eps, spec):
-        if inner.name == "fgsm-rs":
+        if inner.label == "fgsm-rs":
             raise loop.Overfitting("overfitted")
 
     monkeypatch.setattr(loop, "refuse_collapse", overfitted)
@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint_starts_anew(damage, build, splits, threat, tmp_pat
     undisturbed = train(*arguments)
     with pytest.raises(Stop):
         train(*arguments, folder=tmp_path, on_progress=stop_after(2))
-    path = tmp_path / checkpoint._FILE
+    path = tmp_path / checkpoint._NOW
     content = path.read_bytes()
     damaged = {
         "empty": b"",
@@ -143,7 +143,8 @@ def test_a_damaged_checkpoint_starts_anew(damage, build, splits, threat, tmp_pat
 
 
 def test_a_state_survives_its_file(tmp_path):
-    assert load_state(tmp_path) is None
+    path = tmp_path / "checkpoint.safetensors"
+    assert load_state(path) is None
     state = TrainState(
         attempt=1,
         step=7,
@@ -152,10 +153,12 @@ def test_a_state_survives_its_file(tmp_path):
         notes=("said",),
         model={"w": torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last), "n": torch.tensor(3)},
         momentum={"0": torch.rand(5)},
+        averaged={"w": torch.rand(2)},
+        best={"w": torch.rand(2)},
     )
-    save_state(tmp_path, state)
-    found = load_state(tmp_path)
-    for part in ("model", "momentum"):
+    save_state(path, state)
+    found = load_state(path)
+    for part in ("model", "momentum", "averaged", "best"):
         old, new = getattr(state, part), getattr(found, part)
         assert old.keys() == new.keys()
         assert all(torch.equal(old[name], new[name]) for name in old)

@@ -6,9 +6,10 @@ from coldforge.attacks.apgd import APGD
 from coldforge.attacks.base import Attack, AttackResult
 from coldforge.attacks.ensemble import Ensemble, as_parts
 from coldforge.attacks.fab import FAB
-from coldforge.attacks.gradient import PGD, perturb
+from coldforge.attacks.gradient import PGD
+from coldforge.attacks.inner import INNER_FORMS, InnerAttack, parse_inner, perturb
 from coldforge.attacks.names import ATTACK_FORMS, parse_attack, parse_pgd
-from coldforge.attacks.query import TILE, Classifier, Judge, check_images, margins, predict, untouched
+from coldforge.attacks.query import TILE, Classifier, Judge, check_images, loss_direction, margins, predict, untouched
 from coldforge.attacks.square import Square
 from coldforge.attacks.threat import ThreatModel
 
@@ -16,19 +17,23 @@ __all__ = [
     "APGD",
     "ATTACK_FORMS",
     "FAB",
+    "INNER_FORMS",
     "PGD",
     "TILE",
     "Attack",
     "AttackResult",
     "Classifier",
     "Ensemble",
+    "InnerAttack",
     "Judge",
     "Square",
     "ThreatModel",
     "as_parts",
     "check_images",
+    "loss_direction",
     "margins",
     "parse_attack",
+    "parse_inner",
     "parse_pgd",
     "perturb",
     "predict",

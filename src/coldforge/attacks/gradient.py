@@ -11,12 +11,11 @@ from __future__ import annotations
 import math
 from typing import Literal, Self
 
-import torch
 from pydantic import model_validator
 from torch import Tensor
 
 from coldforge.attacks.base import Attack, Slots
-from coldforge.attacks.query import Classifier, loss_direction, query, untouched
+from coldforge.attacks.query import loss_direction
 from coldforge.attacks.threat import ThreatModel
 from coldforge.errors import AttackError
 
@@ -80,34 +79,3 @@ class PGD(Attack):
     def advance(self, slots: Slots, threat_model: ThreatModel) -> Tensor:
         """One step of steepest ascent."""
         return slots.points + threat_model.step(slots.gradient, self.step_size(threat_model))
-
-
-def perturb(
-    model: Classifier,
-    images: Tensor,
-    labels: Tensor,
-    threat_model: ThreatModel,
-    attack: PGD,
-    generator: torch.Generator,
-) -> Tensor:
-    """The last iterate of ``attack`` on one batch, for training: no judging, no restarts, any precision.
-
-    Args:
-        model: classifier; put into evaluation mode meanwhile (pitfall: BatchNorm statistics must not see the search).
-        images: ``(N, C, H, W)`` in [0, 1].
-        labels: ``(N,)``.
-        threat_model: ball and box.
-        attack: steps, step size, start and loss; one restart is made.
-        generator: source of the random start.
-
-    Returns:
-        Adversarial images ``(N, C, H, W)``, detached.
-    """
-    points = threat_model.random_start(images, generator) if attack.random_start else images
-    with untouched(model):
-        for _ in range(attack.steps):
-            _, gradient = query(model, points, lambda logits: loss_direction(logits, labels, attack.loss))
-            assert gradient is not None
-            step = threat_model.step(gradient, attack.step_size(threat_model))
-            points = threat_model.project(points + step, images)
-    return points.detach()

@@ -4,7 +4,7 @@ from coldforge.compress.checkpoint import Structure, build, load_network, read_s
 from coldforge.compress.fakequant import ActivationQuantizer, Backward, QuantizedLayer, attacking, fake_quantize
 from coldforge.compress.graph import fold_batchnorm, trace
 from coldforge.compress.prune import PruningPlan, prune, replay
-from coldforge.compress.quantize import calibrate, insert_quantizers, quantize, weight_bit_widths
+from coldforge.compress.quantize import calibrate, insert_quantizers, quantize, set_bits, weight_bit_widths
 
 __all__ = [
     "ActivationQuantizer",
@@ -24,6 +24,7 @@ __all__ = [
     "read_structure",
     "replay",
     "save_network",
+    "set_bits",
     "trace",
     "weight_bit_widths",
 ]

@@ -68,6 +68,36 @@ class _FakeQuantize(torch.autograd.Function):
         return grad_x, grad_step, None, None, None, None, None
 
 
+class _Binarize(torch.autograd.Function):
+    """``step * sign(x)``, 1 where x is 0. The gradient passes straight through to x, and to the step as in LSQ."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, grad_scale: float) -> Tensor:
+        codes = torch.where(x < 0, -1.0, 1.0).to(x.dtype)
+        ctx.grad_scale = grad_scale
+        ctx.save_for_backward(codes, step)
+        return codes * step.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        codes, step = ctx.saved_tensors
+        total = (codes * grad).flatten(1).sum(1).float() * ctx.grad_scale
+        return grad, total.view_as(step), None
+
+
+def binarize(x: Tensor, step: Tensor, *, grad_scale: float = 1.0) -> Tensor:
+    """``step * sign(x)``: weights of one bit (Rastegari et al., *XNOR-Net*, ECCV 2016; here the step is learned).
+
+    Args:
+        x: weights, ``(C, ...)``.
+        step: one for each row of x, broadcastable to it, positive.
+        grad_scale: factor of the gradient of ``step``.
+    """
+    result: Tensor = _Binarize.apply(x, step, grad_scale)  # type: ignore[no-untyped-call]
+    return result
+
+
 def fake_quantize(
     x: Tensor,
     step: Tensor,
@@ -107,14 +137,23 @@ class ActivationQuantizer(nn.Module):
 
     def __init__(self, bits: int, *, reads_image: bool = False) -> None:
         super().__init__()
-        self.bits = bits
+        self.bits = self.final_bits = bits  # more than final_bits while bits are lowered step by step
         self.reads_image = reads_image  # rounds the network's input; its range is that of the box
-        self.qmin, self.qmax = 0, 2**bits - 1
         self.step = nn.Parameter(torch.tensor(0.0))
         self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
         self.backward_mode: Backward = "clipped"
         self.observing = False
         self._zero = -1  # zero_point as a Python number, read once
+
+    @property
+    def qmin(self) -> int:
+        """Smallest code."""
+        return 0
+
+    @property
+    def qmax(self) -> int:
+        """Largest code."""
+        return (1 << self.bits) - 1
 
     def set_range(self, low: float, high: float) -> None:
         """Choose step and zero point so that [low, high], which must hold 0, maps onto the codes."""
@@ -170,8 +209,7 @@ class QuantizedLayer(nn.Module):
 
     def __init__(self, source: nn.Conv2d | nn.Linear, bits: int, input_quantizer: ActivationQuantizer) -> None:
         super().__init__()
-        self.bits = bits
-        self.qmax = 2 ** (bits - 1) - 1
+        self.bits = self.final_bits = bits  # more than final_bits while bits are lowered step by step
         self.weight = nn.Parameter(source.weight.detach().clone(), requires_grad=source.weight.requires_grad)
         bias = torch.zeros(len(self.weight)) if source.bias is None else source.bias.detach().clone()
         self.bias = nn.Parameter(bias, requires_grad=source.bias is not None)
@@ -182,6 +220,13 @@ class QuantizedLayer(nn.Module):
             self.dilation, self.groups = source.dilation, source.groups
         self._input_quantizer = [input_quantizer]  # in a list: a reference, not a child
         self._cached: tuple[Tensor, Tensor] | None = None
+        self.offset: Tensor | None = None
+        """Added to the rounded weight, for training under weight perturbation."""
+
+    @property
+    def qmax(self) -> int:
+        """Largest code; the smallest is its negative. One bit has the codes -1 and 1, two bits also 0 (ternary)."""
+        return max((1 << self.bits - 1) - 1, 1)
 
     @property
     def input_quantizer(self) -> ActivationQuantizer:
@@ -193,13 +238,11 @@ class QuantizedLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """The weight on its grid, of the weight's shape."""
-        return fake_quantize(
-            self.weight,
-            self._column(self.weight_step.clamp_min(_SMALLEST_STEP)),
-            qmin=-self.qmax,
-            qmax=self.qmax,
-            grad_scale=(self.weight[0].numel() * self.qmax) ** -0.5,
-        )
+        step = self._column(self.weight_step.clamp_min(_SMALLEST_STEP))
+        grad_scale = (self.weight[0].numel() * self.qmax) ** -0.5
+        if self.bits == 1:
+            return binarize(self.weight, step, grad_scale=grad_scale)
+        return fake_quantize(self.weight, step, qmin=-self.qmax, qmax=self.qmax, grad_scale=grad_scale)
 
     def accumulator_step(self) -> Tensor:
         """Step of the integer accumulator for each output channel: input step times weight step, ``(C,)``."""
@@ -214,6 +257,8 @@ class QuantizedLayer(nn.Module):
 
     def weight_codes(self) -> Tensor:
         """Integer weights, int32, of the weight's shape."""
+        if self.bits == 1:
+            return torch.where(self.weight.detach() < 0, -1, 1).to(torch.int32)
         step = self._column(self.weight_step.detach().clamp_min(_SMALLEST_STEP))
         return torch.round(self.weight.detach() / step).clamp_(-self.qmax, self.qmax).to(torch.int32)
 
@@ -226,6 +271,7 @@ class QuantizedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W)`` or ``(N, F)`` to the layer's output."""
         weight, bias = self._cached or (self.quantized_weight(), self.quantized_bias())
+        weight = weight if self.offset is None else weight + self.offset
         if self.is_conv:
             return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         return F.linear(x, weight, bias)

@@ -151,6 +151,9 @@ def _replace_layers(network: fx.GraphModule, spec: QuantizeSpec) -> None:
 def _fit_weight_step(layer: QuantizedLayer, method: str) -> None:
     """Choose the step of each output channel: the largest weight, or the least squared rounding error."""
     rows = layer.weight.flatten(1)  # (C, K)
+    if layer.bits == 1:  # the mean of the magnitudes has the least squared error
+        layer.weight_step.copy_(rows.abs().mean(1).clamp_min(1e-8))
+        return
     peak = rows.abs().amax(1)
     peak = torch.where(peak > 0, peak, torch.ones_like(peak))
     best = peak / layer.qmax
@@ -210,6 +213,40 @@ def calibrate(network: nn.Module, images: Tensor, method: str, *, beyond_box: fl
             quantizer.set_range(*_image_range(*_range(extremes[quantizer], quantizer.bits, "minmax"), quantizer.qmax))
         else:
             quantizer.set_range(*_range(torch.cat(samples[quantizer]), quantizer.bits, method))
+
+
+def set_bits(network: nn.Module, bits: int, *, keep_steps: bool = False) -> bool:
+    """Let every quantizer have ``bits`` bits, or as many as it ends with if these are more; in place.
+
+    For networks whose bits are lowered step by step. Ranges of activations stay, steps of weights are fitted anew.
+
+    Args:
+        network: fake-quantized.
+        bits: how many for now.
+        keep_steps: leave all steps alone, because trained ones are loaded next.
+
+    Returns:
+        Whether anything changed.
+    """
+    changed = False
+    for module in network.modules():
+        if not isinstance(module, ActivationQuantizer | QuantizedLayer):
+            continue
+        wanted = max(bits, module.final_bits)
+        if wanted == module.bits:
+            continue
+        changed = True
+        if isinstance(module, QuantizedLayer):
+            module.bits = wanted
+            if not keep_steps:
+                _fit_weight_step(module, "mse")
+            continue
+        step, zero = float(module.step.detach()), int(module.zero_point)
+        low, high = -zero * step, (module.qmax - zero) * step
+        module.bits = wanted
+        if not keep_steps:
+            module.set_range(low, high)
+    return changed
 
 
 def _image_range(low: float, high: float, levels: int) -> tuple[float, float]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
 
-from coldforge.attacks import parse_pgd
+from coldforge.attacks import parse_inner
 from coldforge.compress import Structure, save_network
 from coldforge.compress import build as build_network
 from coldforge.compress import prune as prune_channels
@@ -16,8 +16,9 @@ from coldforge.compress import quantize as quantize_network
 from coldforge.errors import RecipeError
 from coldforge.models import check_classifier, load_weights, normalized
 from coldforge.recipe import QuantizeSpec, TrainSpec
+from coldforge.records import CurvePoint
 from coldforge.stages.shop import Report, Shop, Stage, file_digest, write_json
-from coldforge.train import train
+from coldforge.train import Objective, train
 
 
 def baseline(shop: Shop) -> Stage:
@@ -96,23 +97,50 @@ def quantize(shop: Shop, network: Stage) -> Stage:
     return shop.declare("quantize", label, [spec, beyond] if beyond else [spec], [network], build)
 
 
-def finetune(shop: Shop, network: Stage, arm: str) -> Stage:
-    """Train the compressed network, through its rounding, on natural or on adversarial images."""
-    spec = TrainSpec(**{**shop.recipe.finetune.model_dump(exclude={"arms"}), "objective": arm})
+def finetune(shop: Shop, parent: Stage, compressed: Stage, arm: str, *, teacher: Stage | None = None) -> Stage:
+    """Train the compressed network, through its rounding, on natural or on adversarial images.
+
+    The first ``finetune.float_epochs`` train the float ``parent`` with its BatchNorm, which is rounded then: folded
+    BatchNorm makes weights large and high learning rates impossible.
+    """
+    whole = shop.recipe.finetune
+    spec = TrainSpec.model_construct(**{name: getattr(whole, name) for name in TrainSpec.model_fields})
     if arm == "natural":  # what only an inner attack reads must not decide the key
-        spec = spec.model_copy(update={"attack": TrainSpec().attack, "eps_ramp": 0.0})
+        plain = TrainSpec()
+        only_adversarial = {name: getattr(plain, name) for name in ("attack", "beta", "soft", "temperature", "awp")}
+        spec = spec.model_copy(update={**only_adversarial, "objective": "natural", "eps_ramp": 0.0})
+    spec = spec.model_copy(update={"epochs": whole.epochs - whole.float_epochs})
+    first = {"epochs": whole.float_epochs, "lr": whole.float_lr or whole.lr, "bits_ramp": 0.0}
+    in_float = spec.model_copy(update=first) if whole.float_epochs else None
+    rounded_spec = spec.model_copy(update={"eps_ramp": 0.0}) if in_float else spec  # the network is robust already
+    teaches = teacher if spec.objective == "distill" else None
+    quantization, beyond = _quantization(shop), _beyond_box(shop)
 
     def build(folder: Path, report: Report) -> None:
-        start, structure = shop.network(network)
-        _training(shop, lambda: start, structure, spec)(folder, report)
+        taught_by = shop.network(teaches)[0] if teaches else None
+        small, structure = shop.network(compressed)
+        if in_float is None:
+            _train_into(shop, folder, small, structure, [rounded_spec], report, teacher=taught_by)
+            return
 
+        def round_it(network: nn.Module) -> nn.Module:
+            images = shop.data.train.pixels(slice(0, quantization.calibration_n))
+            return quantize_network(network, quantization, images, beyond_box=beyond)
+
+        start, _ = shop.network(parent)
+        specs = [in_float, rounded_spec]
+        _train_into(shop, folder, start, structure, specs, report, teacher=taught_by, between=round_it)
+
+    reads = [compressed, *([parent] if in_float else []), *([teaches] if teaches else [])]
+    parts = [in_float, rounded_spec] if in_float else [rounded_spec]
+    cost = sum(_training_macs(shop, part, shop.small_macs()) for part in parts)
     return shop.declare(
         "finetune",
         f"fine-tune: {arm}",
-        [spec, _threat_of(shop, spec), shop.recipe.seed],
-        [network],
+        [*parts, _threat_of(shop, spec), shop.recipe.seed],
+        reads,
         build,
-        macs=1.5 * _training_macs(shop, spec, shop.small_macs()),
+        macs=1.5 * cost,
     )
 
 
@@ -124,8 +152,9 @@ def control(shop: Shop, compressed: Stage) -> Stage:
     harsh below.
     """
     _needs_fresh_weights(shop, "control")
-    tuning = shop.recipe.finetune.model_dump(exclude={"arms"})
-    spec = TrainSpec(**{**tuning, "objective": "adversarial", "lr": shop.recipe.model.train.lr})
+    whole = shop.recipe.finetune
+    tuning = {name: getattr(whole, name) for name in TrainSpec.model_fields}
+    spec = TrainSpec(**{**tuning, "objective": "adversarial", "lr": shop.recipe.model.train.lr, "bits_ramp": 0.0})
     quantization = _quantization(shop)
 
     def build(folder: Path, report: Report) -> None:
@@ -157,27 +186,72 @@ def _training(
     finish: Callable[[nn.Module], nn.Module] = lambda network: network,
 ) -> Callable[[Path, Report], None]:
     def build(folder: Path, report: Report) -> None:
+        _train_into(shop, folder, start(), structure, [spec], report, finish=finish)
+
+    return build
+
+
+def _train_into(
+    shop: Shop,
+    folder: Path,
+    network: nn.Module,
+    structure: Structure,
+    specs: Sequence[TrainSpec],
+    report: Report,
+    *,
+    teacher: nn.Module | None = None,
+    between: Callable[[nn.Module], nn.Module] = lambda network: network,
+    finish: Callable[[nn.Module], nn.Module] = lambda network: network,
+) -> None:
+    """Train ``network`` as each of ``specs`` says, one after the other, and write it with its curve, cost and notes.
+
+    Args:
+        shop: data, threat model, seed, precision.
+        folder: of the stage.
+        network: where training starts.
+        structure: of the result.
+        specs: one or more trainings.
+        report: told of the progress.
+        teacher: for distillation.
+        between: applied to the network after each training but the last.
+        finish: applied to the result.
+    """
+    whole = sum(spec.epochs for spec in specs)
+    curve: list[CurvePoint] = []
+    notes: list[str] = []
+    seconds = macs = 0.0
+    for number, spec in enumerate(specs):
+        checkpoints = folder if len(specs) == 1 else folder / f"checkpoint-part-{number}"
+        checkpoints.mkdir(exist_ok=True)
+        done = len(curve)
+
+        def tell(fraction: float, line: str, done: int = done, epochs: int = spec.epochs) -> None:
+            report((done + fraction * epochs) / whole, line)
+
         result = train(
-            start(),
+            network,
             shop.data,
             spec,
             shop.threat_model,
             seed=shop.recipe.seed,
             precision=shop.recipe.compute.precision,
-            folder=folder,
-            on_progress=report,
+            teacher=teacher,
+            folder=checkpoints,
+            on_progress=tell,
             on_note=shop.progress.note,
         )
-        save_network(folder, finish(result.model), structure)
-        found = {
-            "train_seconds": result.seconds,
-            "train_macs": result.macs,
-            "curve": [point.model_dump() for point in result.curve],
-            "notes": list(result.notes),
-        }
-        write_json(folder / "result.json", found)
-
-    return build
+        network = between(result.model) if number + 1 < len(specs) else finish(result.model)
+        curve += [point.model_copy(update={"epoch": point.epoch + done}) for point in result.curve]
+        notes += result.notes
+        seconds, macs = seconds + result.seconds, macs + result.macs
+    save_network(folder, network, structure)
+    found = {
+        "train_seconds": seconds,
+        "train_macs": macs,
+        "curve": [point.model_dump() for point in curve],
+        "notes": notes,
+    }
+    write_json(folder / "result.json", found)
 
 
 def _dense_structure(shop: Shop) -> Structure:
@@ -224,12 +298,12 @@ def _code(shop: Shop) -> list[str]:
 
 
 def _threat_of(shop: Shop, spec: TrainSpec) -> object:
-    return shop.recipe.threat_model if spec.objective == "adversarial" else None
+    return shop.recipe.threat_model if spec.objective != "natural" else None
 
 
 def _training_macs(shop: Shop, spec: TrainSpec, macs: float) -> float:
-    inner = parse_pgd(spec.attack).steps if spec.objective == "adversarial" else 0
-    return len(shop.data.train) * spec.epochs * macs * (3 + 2 * inner)
+    steps = 0 if spec.objective == "natural" else parse_inner(spec.attack).steps
+    return len(shop.data.train) * spec.epochs * macs * Objective(spec).passes(steps)
 
 
 def _network_digest(network: nn.Module) -> str:

@@ -6,13 +6,13 @@ import math
 
 from torch import nn
 
-from coldforge.attacks import PGD, ThreatModel, parse_pgd, predict
+from coldforge.attacks import InnerAttack, ThreatModel, parse_attack, predict
 from coldforge.data import ImageSet
 from coldforge.evaluate import Target, evaluate, summarize
 from coldforge.recipe import TrainSpec
 from coldforge.records import CurvePoint
 
-MONITOR_IMAGES = 512
+MONITOR_IMAGES = 1000
 MONITOR_ATTACK = "pgd-10"
 WEAK_STEPS = 3
 """Inner attacks of at most so many steps are watched for catastrophic overfitting."""
@@ -31,31 +31,22 @@ class Overfitting(Collapse):
 
 
 def monitor(
-    network: nn.Module,
-    validation: ImageSet,
-    threat_model: ThreatModel,
-    spec: TrainSpec,
-    epoch: int,
-    loss: float,
-    lr: float,
-    eps: float,
-) -> CurvePoint:
-    """Accuracy on the validation part, in fp32: clean, and under PGD at full eps for adversarial training."""
+    network: nn.Module, validation: ImageSet, threat_model: ThreatModel, *, robust: bool
+) -> tuple[float, float]:
+    """Accuracy on the validation part, in fp32: clean, and under PGD at full eps (-1 where ``robust`` is False)."""
     watched = validation.take(slice(0, MONITOR_IMAGES))
-    attacks = [parse_pgd(MONITOR_ATTACK)] if spec.objective == "adversarial" else []
+    attacks = [parse_attack(MONITOR_ATTACK)] if robust else []
     result = summarize(evaluate(Target(network), watched, attacks, threat_model, transfer=False), watched.classes)
-    return CurvePoint(
-        epoch=epoch + 1,
-        loss=loss,
-        lr=lr,
-        eps=eps if attacks else 0.0,
-        clean_accuracy=result.clean_accuracy,
-        robust_accuracy=result.robust_accuracy[MONITOR_ATTACK] if attacks else -1.0,
-    )
+    return result.clean_accuracy, result.robust_accuracy[MONITOR_ATTACK] if robust else -1.0
 
 
 def refuse_collapse(
-    network: nn.Module, validation: ImageSet, curve: list[CurvePoint], inner: PGD | None, eps: float, spec: TrainSpec
+    network: nn.Module,
+    validation: ImageSet,
+    curve: list[CurvePoint],
+    inner: InnerAttack | None,
+    eps: float,
+    spec: TrainSpec,
 ) -> None:
     """Raise :class:`Collapse` for a constant answer, and for catastrophic overfitting of a weak inner attack.
 
@@ -80,8 +71,9 @@ def refuse_collapse(
         )
     confidence = math.exp(-now.loss)  # geometric mean of the probability of the true class, under the inner attack
     at_full_eps = curve[-2].eps >= eps * (1 - 1e-6)
-    if at_full_eps and inner.steps <= WEAK_STEPS and confidence > now.robust_accuracy + 0.2:
+    trusted = spec.objective == "adversarial"  # only there the loss is that of the true class
+    if trusted and at_full_eps and inner.steps <= WEAK_STEPS and confidence > now.robust_accuracy + 0.2:
         raise Overfitting(
-            f"catastrophic overfitting: {inner.name} leaves {confidence:.0%} confidence in the true class, "
+            f"catastrophic overfitting: {inner.label} leaves {confidence:.0%} confidence in the true class, "
             f"PGD accuracy is {now.robust_accuracy:.0%} after epoch {now.epoch}"
         )

@@ -2,7 +2,8 @@
 
 The loop is a function of its arguments: the images of a step, their augmentation and the start of the inner attack are
 drawn from generators keyed by (seed, epoch, step), and a checkpoint holds the rest. So a training that was killed
-continues to the same bits. A network that collapses is started again at a lower rate, and the result says so.
+continues to the same bits. A network that collapses is rolled back to its last good epoch and goes on in another way,
+and the result says so.
 
 The inner attack on a quantized network takes its gradients through the clipping range in the two known ways in turn,
 step by step. With BPDA alone the network learns to saturate its activations until that attack is blind: accuracy under
@@ -16,32 +17,34 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
-from coldforge.attacks import PGD, ThreatModel, parse_pgd, perturb
-from coldforge.compress import ActivationQuantizer, QuantizedLayer, attacking
+from coldforge.attacks import InnerAttack, ThreatModel, parse_inner, perturb
+from coldforge.compress import ActivationQuantizer, QuantizedLayer, attacking, set_bits
 from coldforge.data import DataSplits, epoch_batches, steps_per_epoch
-from coldforge.errors import CollapseError, TrainingError
+from coldforge.errors import CollapseError, RecipeError, TrainingError
 from coldforge.evaluate import BACKWARDS
 from coldforge.measure import count_macs
 from coldforge.models import channels_last
 from coldforge.recipe import TrainSpec
 from coldforge.records import CurvePoint
 from coldforge.spec import spec_hash
-from coldforge.train.checkpoint import TrainState, load_state, save_state
+from coldforge.train.checkpoint import Shelf, TrainState
 from coldforge.train.guard import Collapse, NotFinite, Overfitting, monitor, refuse_collapse
-from coldforge.train.schedule import learning_rate, ramped_eps
+from coldforge.train.objective import Objective, Teacher
+from coldforge.train.schedule import bits_now, learning_rate, ramped_eps
+from coldforge.train.weights import Averaged, perturbed
 
 CHECKPOINT_SECONDS = 15.0
 RETRY_FACTOR = 1 / 3
 STEP_RANGE = 10.0
 """A learned quantizer step stays within this factor of its calibrated value."""
+_INT8 = 127
 
 
 @dataclass(frozen=True)
@@ -52,20 +55,9 @@ class TrainResult:
     curve: tuple[CurvePoint, ...]
     seconds: float
     macs: float
-    """Multiply-adds spent: 3 per image and pass of training (forward, two backward), 2 per step of the inner attack."""
+    """Multiply-adds spent: 3 per image and pass of training (forward, two backward), 2 per step of the inner attack;
+    the passes of a teacher included."""
     notes: tuple[str, ...]
-
-
-class _Meter:
-    """What a training has cost so far, attempts that collapsed included."""
-
-    def __init__(self, seconds: float, macs: float) -> None:
-        self.macs = macs
-        self._before, self._started = seconds, time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        return self._before + time.monotonic() - self._started
 
 
 def train(
@@ -76,6 +68,7 @@ def train(
     *,
     seed: int = 0,
     precision: str = "fp32",
+    teacher: nn.Module | None = None,
     folder: Path | None = None,
     on_progress: Callable[[float, str], None] | None = None,
     on_note: Callable[[str], None] | None = None,
@@ -84,11 +77,13 @@ def train(
 
     Args:
         model: float or fake-quantized classifier; quantizer steps are trained with the weights.
-        data: training images; the validation part watches each epoch and chooses nothing else.
+        data: training images; the validation part watches each epoch, and chooses the epoch that is kept and between
+            weights and their average where the spec wants that. Nothing else.
         spec: objective, inner attack, optimizer, schedule.
         threat_model: what the inner attack may do, and the monitor's eps.
         seed: seed of every draw.
         precision: ``"bf16"`` (autocast) or ``"fp32"``.
+        teacher: whose answers are learned where the objective is "distill".
         folder: where a checkpoint is kept every few seconds, and looked for; None: nowhere.
         on_progress: called with the finished fraction and a line such as "epoch 2/3  loss 0.61".
         on_note: called with what a person must know.
@@ -97,14 +92,23 @@ def train(
         The trained network in evaluation mode, its curve, cost and notes.
 
     Raises:
-        CollapseError: every attempt collapsed to a constant answer.
+        CollapseError: every attempt collapsed.
         TrainingError: the loss became NaN in every attempt.
+        RecipeError: a teacher is missing, or an inner attack starts from perturbations of images that are augmented.
     """
-    state = (load_state(folder) if folder else None) or TrainState()
+    if spec.objective == "distill" and teacher is None:
+        raise RecipeError('objective "distill": expected a teacher, got none')
+    if spec.objective != "natural" and parse_inner(spec.attack).start == "previous" and data.augment != "none":
+        raise RecipeError(
+            f"{spec.attack} starts where an image's perturbation ended in the epoch before, which augmentation moves; "
+            'expected data.augment = "none", or another inner attack such as n-fgsm'
+        )
+    shelf = Shelf(folder)
+    state = shelf.last() or TrainState()
     while True:
-        meter = _Meter(state.seconds, state.macs)
+        attempt = _Attempt(model, data, spec, threat_model, seed, precision, teacher, shelf, state, on_progress)
         try:
-            return _attempt(model, data, spec, threat_model, seed, precision, folder, state, meter, on_progress)
+            return attempt.run()
         except Collapse as collapse:
             if state.attempt >= spec.retries:
                 raise (TrainingError if isinstance(collapse, NotFinite) else CollapseError)(
@@ -112,16 +116,18 @@ def train(
                     f"last with {_way(spec, state)}: {collapse}. "
                     "Lower lr, raise epochs or eps_ramp, take a stronger attack, or prune less"
                 ) from None
-            again = TrainState(
+            good = shelf.good() or TrainState()
+            again = replace(
+                good,
                 attempt=state.attempt + 1,
                 stronger=state.stronger + isinstance(collapse, Overfitting),
-                seconds=meter.seconds,
-                macs=meter.macs,
+                seconds=attempt.seconds,
+                macs=attempt.macs,
             )
-            note = f"training with {_way(spec, state)} collapsed ({collapse}); started again with {_way(spec, again)}"
+            back = f"rolled back to the end of epoch {len(good.curve)}" if good.curve else "started again"
+            note = f"training with {_way(spec, state)} collapsed ({collapse}); {back} with {_way(spec, again)}"
             state = replace(again, notes=(*state.notes, note))
-            if folder:
-                save_state(folder, state)
+            shelf.put(state)
             if on_note:
                 on_note(note)
 
@@ -130,104 +136,231 @@ def _peak(spec: TrainSpec, state: TrainState) -> float:
     return spec.lr * RETRY_FACTOR ** (state.attempt - state.stronger)
 
 
-def _inner(spec: TrainSpec, state: TrainState) -> PGD | None:
+def _inner(spec: TrainSpec, state: TrainState) -> InnerAttack | None:
     """The inner attack; one more step for each time that it was overfitted."""
-    if spec.objective != "adversarial":
-        return None
-    inner = parse_pgd(spec.attack)
-    return parse_pgd(f"pgd-{inner.steps + state.stronger}") if state.stronger else inner
+    return None if spec.objective == "natural" else parse_inner(spec.attack).stronger(state.stronger)
 
 
 def _way(spec: TrainSpec, state: TrainState) -> str:
     inner = _inner(spec, state)
-    return f"lr {_peak(spec, state):.3g}" + (f" and {inner.name}" if inner else "")
+    return f"lr {_peak(spec, state):.3g}" + (f" and {inner.label}" if inner else "")
 
 
-def _attempt(
-    model: nn.Module,
-    data: DataSplits,
-    spec: TrainSpec,
-    threat_model: ThreatModel,
-    seed: int,
-    precision: str,
-    folder: Path | None,
-    state: TrainState,
-    meter: _Meter,
-    on_progress: Callable[[float, str], None] | None,
-) -> TrainResult:
-    fabric = _fabric(precision)
-    network = channels_last(copy.deepcopy(model))
-    optimizer = torch.optim.SGD(
-        _parameter_groups(network, spec.weight_decay), lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov
-    )
-    calibrated = [(step, step.detach().clone()) for step in _quantizer_steps(network)]
-    if state.model:
-        state.restore(network, optimizer)
-    wrapped, optimizer = fabric.setup(network, optimizer)
-    inner = _inner(spec, state)
-    per_epoch = steps_per_epoch(len(data.train), spec.batch_size)
-    total = per_epoch * spec.epochs
-    peak = _peak(spec, state)
-    image_macs = count_macs(network, data.image_shape) * (3 + (2 * inner.steps if inner else 0))
-    step, epoch_loss, curve, saved = state.step, state.epoch_loss, list(state.curve), time.monotonic()
-    while step < total:
-        epoch = step // per_epoch
-        batches = epoch_batches(
-            data.train,
-            batch_size=spec.batch_size,
-            seed=seed,
-            epoch=epoch,
-            augment=data.augment,
-            start=step % per_epoch,
+class _Attempt:
+    """One way through the training, from a state to its end or to a collapse."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: DataSplits,
+        spec: TrainSpec,
+        threat_model: ThreatModel,
+        seed: int,
+        precision: str,
+        teacher: nn.Module | None,
+        shelf: Shelf,
+        state: TrainState,
+        on_progress: Callable[[float, str], None] | None,
+    ) -> None:
+        self._data, self._spec, self._threat_model, self._seed = data, spec, threat_model, seed
+        self._shelf, self._state, self._report = shelf, state, on_progress
+        self._before, self._started = state.seconds, time.monotonic()
+        self.macs = state.macs
+        self._per_epoch = steps_per_epoch(len(data.train), spec.batch_size)
+        self._total = self._per_epoch * spec.epochs
+        self._fabric = _fabric(precision)
+        self._network = channels_last(copy.deepcopy(model))
+        optimizer = torch.optim.SGD(
+            _parameter_groups(self._network, spec.weight_decay),
+            lr=spec.lr,
+            momentum=spec.momentum,
+            nesterov=spec.nesterov,
         )
-        for images, labels, _ in batches:
-            lr = learning_rate(step, total, peak=peak, warmup=spec.warmup, schedule=spec.schedule)
-            eps = ramped_eps(step, total, eps=threat_model.eps, ramp=spec.eps_ramp)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            images = images.contiguous(memory_format=torch.channels_last)
-            if inner is not None:
-                now = replace(threat_model, eps=eps)
-                generator = torch.Generator().manual_seed(_seed(seed, "inner attack", step))
-                with attacking(network, BACKWARDS[step % len(BACKWARDS)]), fabric.autocast():
-                    images = perturb(network, images, labels, now, inner, generator)
-            network.train()
-            with torch.random.fork_rng(devices=[]):  # for dropout
-                torch.manual_seed(_seed(seed, "forward", step))
-                loss = F.cross_entropy(wrapped(images), labels, label_smoothing=spec.label_smoothing)
-            optimizer.zero_grad(set_to_none=True)
-            fabric.backward(loss)
-            optimizer.step()
-            with torch.no_grad():
-                for learned, start in calibrated:
-                    learned.clamp_(start / STEP_RANGE, start * STEP_RANGE)
-            meter.macs += float(len(images) * image_macs)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise NotFinite(f"the loss is not finite at step {step}")
-            epoch_loss += value
-            step += 1
-            if on_progress is not None:
-                on_progress(step / total, f"epoch {epoch + 1}/{spec.epochs}  loss {value:.3f}")
-            if step % per_epoch == 0:
-                if not all(bool(parameter.isfinite().all()) for parameter in network.parameters()):
-                    raise NotFinite(f"the weights are not finite after step {step}")
-                point = monitor(network, data.validation, threat_model, spec, epoch, epoch_loss / per_epoch, lr, eps)
-                curve.append(point)
-                epoch_loss = 0.0
-                refuse_collapse(network, data.validation, curve, inner, threat_model.eps, spec)
-            if folder is not None and time.monotonic() - saved > CHECKPOINT_SECONDS:
-                saved = time.monotonic()
-                reached = replace(
-                    state,
-                    step=step,
-                    epoch_loss=epoch_loss,
-                    seconds=meter.seconds,
-                    macs=meter.macs,
-                    curve=tuple(curve),
-                )
-                save_state(folder, reached.holding(network, optimizer))
-    return TrainResult(network.eval(), tuple(curve), meter.seconds, meter.macs, state.notes)
+        self._inner = _inner(spec, state)
+        self._objective = Objective(spec, self._taught_by(teacher))
+        passes = self._objective.passes(self._inner.steps if self._inner else 0)
+        self._image_macs = passes * count_macs(self._network, data.image_shape)
+        if self._objective.teacher is not None and self._objective.teacher.asks:
+            assert teacher is not None
+            self._image_macs += count_macs(teacher, data.image_shape)
+        if spec.bits_ramp:
+            set_bits(self._network, self._bits(max(state.step - 1, 0)), keep_steps=bool(state.model))
+        self._calibrated = _copies(_quantizer_steps(self._network))
+        if state.model:
+            state.restore(self._network, optimizer)
+            for name, start in state.steps.items():
+                self._calibrated[name].copy_(start)
+        self._averaged = Averaged(self._network, spec.ema) if spec.ema else None
+        if self._averaged is not None and state.averaged:
+            self._averaged.state = {name: tensor.clone() for name, tensor in state.averaged.items()}
+        self._previous = state.perturbations.get("previous")
+        if self._previous is None and self._inner is not None and self._inner.start == "previous":
+            self._previous = torch.zeros(data.train.images.shape, dtype=torch.int8)
+        self._wrapped, self._optimizer = self._fabric.setup(self._network, optimizer)
+
+    @property
+    def seconds(self) -> float:
+        """Spent so far, by attempts before this one, too."""
+        return self._before + time.monotonic() - self._started
+
+    def run(self) -> TrainResult:
+        """Train to the end.
+
+        Raises:
+            Collapse: this way does not lead there.
+        """
+        spec, data, state = self._spec, self._data, self._state
+        step, epoch_loss, saved = state.step, state.epoch_loss, time.monotonic()
+        while step < self._total:
+            epoch = step // self._per_epoch
+            batches = epoch_batches(
+                data.train,
+                batch_size=spec.batch_size,
+                seed=self._seed,
+                epoch=epoch,
+                augment=data.augment,
+                start=step % self._per_epoch,
+            )
+            for images, labels, indices in batches:
+                value = self._step(step, images, labels, indices)
+                epoch_loss += value
+                step += 1
+                if self._report is not None:
+                    self._report(step / self._total, f"epoch {epoch + 1}/{spec.epochs}  loss {value:.3f}")
+                if step % self._per_epoch == 0:
+                    state = self._end_of_epoch(state, step, epoch_loss / self._per_epoch)
+                    epoch_loss = 0.0
+                    self._shelf.put_good(state)
+                if self._shelf.lasts and time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    saved = time.monotonic()
+                    self._shelf.put(self._at(state, step, epoch_loss))
+        self._network.load_state_dict(state.best)
+        notes = state.notes
+        if spec.keep == "best" or spec.ema:
+            notes = (*notes, f"kept {state.chosen}, the best on the validation part")
+        return TrainResult(self._network.eval(), state.curve, self.seconds, self.macs, notes)
+
+    def _step(self, step: int, images: Tensor, labels: Tensor, indices: Tensor) -> float:
+        """One step of the optimizer; the loss."""
+        spec, network = self._spec, self._network
+        if spec.bits_ramp and set_bits(network, self._bits(step)):
+            self._calibrated = _copies(_quantizer_steps(network))
+            if self._averaged is not None:  # steps of other bits cannot be averaged
+                self._averaged = Averaged(network, spec.ema)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._lr(step)
+        images = images.contiguous(memory_format=torch.channels_last)
+        with self._fabric.autocast():
+            targets = self._objective.targets(images, labels, indices, len(self._data.classes))
+        attacked = self._attacked(step, images, labels, indices, targets)
+        network.train()
+        with torch.random.fork_rng(devices=[]):  # for dropout
+            torch.manual_seed(_seed(self._seed, "forward", step))
+            loss = self._objective.loss(self._wrapped, images, attacked, targets)
+            self._optimizer.zero_grad(set_to_none=True)
+            if spec.awp and attacked is not None:
+                with perturbed(network, loss, spec.awp):
+                    worse = self._objective.loss(self._wrapped, images, attacked, targets)
+                    self._fabric.backward(worse)
+            else:
+                self._fabric.backward(loss)
+        self._optimizer.step()
+        with torch.no_grad():
+            for name, learned in _quantizer_steps(network).items():
+                start = self._calibrated[name]
+                learned.clamp_(start / STEP_RANGE, start * STEP_RANGE)
+        if self._averaged is not None:
+            self._averaged.update(network, step)
+        self.macs += float(len(images) * self._image_macs)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise NotFinite(f"the loss is not finite at step {step}")
+        return value
+
+    def _attacked(self, step: int, images: Tensor, labels: Tensor, indices: Tensor, targets: Tensor) -> Tensor | None:
+        """Adversarial images for one step ``(B, C, H, W)``; None where the objective wants none."""
+        if self._inner is None:
+            return None
+        now = replace(self._threat_model, eps=self._eps(step))
+        previous = None
+        if self._previous is not None and step >= self._per_epoch:
+            previous = self._previous[indices].float() * (self._threat_model.eps / _INT8)
+        generator = torch.Generator().manual_seed(_seed(self._seed, "inner attack", step))
+        with attacking(self._network, BACKWARDS[step % len(BACKWARDS)]), self._fabric.autocast():
+            direction = self._objective.direction(self._network, images, labels, targets)
+            found = perturb(self._network, images, direction, now, self._inner, generator, previous)
+        if self._previous is not None:
+            codes = (found - images) * (_INT8 / self._threat_model.eps)
+            self._previous[indices] = codes.round().clamp(-_INT8, _INT8).to(torch.int8)
+        return found
+
+    def _end_of_epoch(self, state: TrainState, step: int, loss: float) -> TrainState:
+        """Watch, choose, and refuse a network that collapsed."""
+        network, spec, watched = self._network, self._spec, self._data.validation
+        if not all(bool(parameter.isfinite().all()) for parameter in network.parameters()):
+            raise NotFinite(f"the weights are not finite after step {step}")
+        robust = self._objective.robust
+        clean, under_attack = monitor(network, watched, self._threat_model, robust=robust)
+        point = CurvePoint(
+            epoch=step // self._per_epoch,
+            loss=loss,
+            lr=self._lr(step - 1),
+            eps=self._eps(step - 1) if robust else 0.0,
+            clean_accuracy=clean,
+            robust_accuracy=under_attack,
+        )
+        candidates = {"": (under_attack if robust else clean, network.state_dict())}
+        if self._averaged is not None:
+            mean = copy.deepcopy(network)
+            mean.load_state_dict(self._averaged.state)
+            found = monitor(mean, watched, self._threat_model, robust=robust)
+            named = {"averaged_clean_accuracy": found[0], "averaged_robust_accuracy": found[1]}
+            point = point.model_copy(update=named)
+            candidates[", averaged"] = (found[1] if robust else found[0], self._averaged.state)
+        curve = [*state.curve, point]
+        refuse_collapse(network, watched, curve, self._inner, self._threat_model.eps, spec)
+        which = max(candidates, key=lambda name: candidates[name][0])
+        score, weights = candidates[which]
+        at_full_bits = self._bits(step - 1) == self._bits(self._total - 1)
+        state = replace(state, curve=tuple(curve))
+        if spec.keep == "last" or (at_full_bits and (not state.best or score >= state.score)):
+            state = replace(state, best=_copies(weights), score=score, chosen=f"epoch {point.epoch}{which}")
+        return self._at(state, step, 0.0)
+
+    def _at(self, state: TrainState, step: int, epoch_loss: float) -> TrainState:
+        """The whole state of now."""
+        now = replace(
+            state,
+            step=step,
+            epoch_loss=epoch_loss,
+            seconds=self.seconds,
+            macs=self.macs,
+            averaged=self._averaged.state if self._averaged is not None else {},
+            steps=self._calibrated,
+            perturbations={"previous": self._previous} if self._previous is not None else {},
+        )
+        return now.holding(self._network, self._optimizer)
+
+    def _taught_by(self, teacher: nn.Module | None) -> Teacher | None:
+        if self._spec.objective != "distill":
+            return None
+        assert teacher is not None
+        fixed = self._data.train.pixels() if self._data.augment == "none" else None
+        if fixed is not None and not self._state.step:
+            self.macs += float(len(fixed) * count_macs(teacher, self._data.image_shape))
+        return Teacher(channels_last(copy.deepcopy(teacher)).eval(), self._spec.temperature, fixed)
+
+    def _lr(self, step: int) -> float:
+        spec = self._spec
+        peak = _peak(spec, self._state)
+        return learning_rate(step, self._total, peak=peak, warmup=spec.warmup, schedule=spec.schedule)
+
+    def _eps(self, step: int) -> float:
+        return ramped_eps(step, self._total, eps=self._threat_model.eps, ramp=self._spec.eps_ramp)
+
+    def _bits(self, step: int) -> int:
+        final = min((m.final_bits for m in self._network.modules() if isinstance(m, QuantizedLayer)), default=32)
+        return bits_now(step, self._total, final=final, ramp=self._spec.bits_ramp)
 
 
 def _seed(*parts: object) -> int:
@@ -254,8 +387,18 @@ def _parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str,
     ]
 
 
-def _quantizer_steps(network: nn.Module) -> list[nn.Parameter]:
-    """Learned step sizes. SGD can carry one past zero, where no gradient brings it back and its channel is dead."""
-    layers = [module.weight_step for module in network.modules() if isinstance(module, QuantizedLayer)]
-    quantizers = [module.step for module in network.modules() if isinstance(module, ActivationQuantizer)]
-    return [step for step in (*layers, *quantizers) if step.requires_grad]
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def _quantizer_steps(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Learned step sizes by name. SGD can carry one past zero, where no gradient brings it back and its channel is
+    dead.
+    """
+    steps = {}
+    for name, module in network.named_modules():
+        if isinstance(module, QuantizedLayer):
+            steps[f"{name}.weight_step"] = module.weight_step
+        elif isinstance(module, ActivationQuantizer):
+            steps[f"{name}.step"] = module.step
+    return {name: step for name, step in steps.items() if step.requires_grad}

@@ -28,3 +28,16 @@ def ramped_eps(step: int, total: int, *, eps: float, ramp: float) -> float:
     """
     position = (step + 1) / total
     return eps if position >= ramp else eps * position / ramp
+
+
+def bits_now(step: int, total: int, *, final: int, ramp: float, first: int = 8) -> int:
+    """Bits at ``step`` of a network that ends with ``final``: from ``first`` on, one less at a time, over the first
+    ``ramp`` part of training. A network coarser than the one before starts close to it.
+
+    >>> [bits_now(step, 10, final=4, ramp=0.5) for step in range(6)]
+    [8, 8, 7, 6, 5, 4]
+    """
+    position = step / total
+    if final >= first or position >= ramp:
+        return final
+    return first - int((first - final) * position / ramp)

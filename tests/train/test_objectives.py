@@ -1,0 +1,281 @@
+"""Objectives, teachers, averaged and perturbed weights, bits that fall, and the way back from a collapse."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from coldforge.attacks import parse_attack, predict
+from coldforge.compress import ActivationQuantizer, QuantizedLayer, quantize
+from coldforge.errors import RecipeError
+from coldforge.evaluate import Target, evaluate, summarize
+from coldforge.measure import count_macs
+from coldforge.models import normalized
+from coldforge.recipe import FinetuneSpec, QuantizeSpec, TrainSpec
+from coldforge.train import Objective, loop, train
+from coldforge.train.objective import CLEAN_SHARE, Teacher
+from coldforge.train.weights import Averaged, perturbed
+
+OBJECTIVES = ("natural", "adversarial", "trades", "distill")
+
+
+def spec_of(objective, **settings):
+    return FinetuneSpec.model_construct(**{**FinetuneSpec().model_dump(), "objective": objective, **settings})
+
+
+def robust(network, data, threat, attack="pgd-10"):
+    found = summarize(evaluate(Target(network), data, [parse_attack(attack)], threat, transfer=False), data.classes)
+    return found.robust_accuracy[attack]
+
+
+# --- losses, by their definitions
+
+
+def test_losses_equal_their_definitions():
+    generator = torch.Generator().manual_seed(0)
+    images, attacked = torch.rand(2, 6, 1, 4, 4, generator=generator)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    clean, bad = network(images), network(attacked)
+    targets = F.one_hot(labels, 3).float()
+    kl = (F.softmax(clean, 1) * (F.log_softmax(clean, 1) - F.log_softmax(bad, 1))).sum(1).mean()
+    expected = {
+        "natural": F.cross_entropy(clean, labels),
+        "adversarial": F.cross_entropy(bad, labels),
+        "trades": F.cross_entropy(clean, labels) + 6 * kl,
+        "distill": (1 - CLEAN_SHARE) * F.cross_entropy(bad, labels) + CLEAN_SHARE * F.cross_entropy(clean, labels),
+    }
+    for objective, wanted in expected.items():
+        given = None if objective == "natural" else attacked
+        found = Objective(spec_of(objective)).loss(network, images, given, targets)
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("objective", ["adversarial", "trades", "distill"])
+def test_the_inner_attack_ascends_the_loss_of_its_objective(objective):
+    """Against the gradient that autograd finds for the definition; only its direction counts."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(5, 1, 4, 4, generator=generator)
+    labels, targets = torch.tensor([0, 1, 2, 0, 1]), torch.rand(5, 3, generator=generator).softmax(1)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    logits = torch.randn(5, 3, generator=generator, requires_grad=True)
+    loss = {
+        "adversarial": lambda: F.cross_entropy(logits, labels, reduction="sum"),
+        "trades": lambda: F.kl_div(logits.log_softmax(1), network(images).softmax(1).detach(), reduction="sum"),
+        "distill": lambda: F.cross_entropy(logits, targets, reduction="sum"),
+    }[objective]()
+    (wanted,) = torch.autograd.grad(loss, logits)
+    found = Objective(spec_of(objective)).direction(network, images, labels, targets)(logits.detach())
+    torch.testing.assert_close(F.cosine_similarity(found, wanted), torch.ones(5))
+
+
+def test_targets_mix_label_teacher_and_smoothing(splits):
+    images, labels = splits.train.pixels(slice(0, 8)), splits.train.labels[:8]
+    network = normalized(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), (0.5,), (0.25,)).eval()
+    indices = torch.arange(8)
+    kept, asked = (Teacher(network, 2.0, fixed) for fixed in (splits.train.pixels(), None))
+    assert (kept.asks, asked.asks) == (False, True)
+    answers = torch.softmax(predict(network, images) / 2, 1)
+    for teacher in (kept, asked):
+        torch.testing.assert_close(teacher(images, indices), answers)
+    one_hot = F.one_hot(labels, 3).float()
+    smoothed = Objective(spec_of("natural", label_smoothing=0.3)).targets(images, labels, indices, 3)
+    torch.testing.assert_close(smoothed, 0.7 * one_hot + 0.1)
+    mixed = Objective(spec_of("distill", soft=0.25), kept).targets(images, labels, indices, 3)
+    torch.testing.assert_close(mixed, 0.75 * one_hot + 0.25 * answers)
+
+
+# --- what they are for
+
+
+@pytest.mark.parametrize("kind", ["float", "batchnorm", "quantized"])
+@pytest.mark.parametrize("objective", ["trades", "distill"])
+def test_robust_objectives_make_robust(objective, kind, build, splits, threat):
+    teacher = train(build("float"), splits, spec_of("adversarial", epochs=6, batch_size=8), threat).model
+    natural = train(build(kind), splits, spec_of("natural", epochs=5, batch_size=8), threat).model
+    result = train(build(kind), splits, spec_of(objective, epochs=6, batch_size=8), threat, teacher=teacher)
+    assert robust(result.model, splits.test, threat) > 0.75
+    assert robust(result.model, splits.test, threat) >= robust(natural, splits.test, threat)
+
+
+@pytest.mark.parametrize("attack", ["fgsm-rs", "n-fgsm", "fgsm-reuse", "pgd-2"])
+def test_every_inner_attack_makes_robust(attack, build, tempting, threat):
+    network = normalized(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), (0.5,), (0.1,))
+    spec = spec_of("adversarial", epochs=6, batch_size=32, lr=0.03, attack=attack)
+    assert robust(train(network, tempting, spec, threat).model, tempting.test, threat) > 0.75
+
+
+def test_a_teacher_is_needed(build, splits, threat):
+    with pytest.raises(RecipeError, match="expected a teacher, got none"):
+        train(build("float"), splits, spec_of("distill"), threat)
+    with pytest.raises(ValueError, match="needs a teacher"):
+        TrainSpec(objective="distill")
+
+
+def test_perturbations_of_moved_images_are_not_reused(build, splits, threat):
+    moved = copy.copy(splits)
+    object.__setattr__(moved, "augment", "crop-flip")
+    with pytest.raises(RecipeError, match="fgsm-reuse starts where .* n-fgsm"):
+        train(build("float"), moved, spec_of("adversarial", attack="fgsm-reuse"), threat)
+
+
+@pytest.mark.parametrize(
+    ("settings", "passes"),
+    [({}, 5), ({"awp": 0.01}, 8), ({"attack": "pgd-3"}, 9), ({"objective": "trades"}, 9), ({"ema": 0.9}, 5)],
+)
+def test_cost_counts_every_pass(settings, passes, build, splits, threat):
+    spec = spec_of(**{"objective": "adversarial", "attack": "fgsm-rs", "epochs": 1, "batch_size": 66, **settings})
+    assert train(build("float"), splits, spec, threat).macs == 66 * passes * count_macs(build("float"), (1, 8, 8))
+
+
+def test_a_teacher_costs_one_pass_of_its_own(build, splits, threat):
+    spec = spec_of("distill", epochs=2, batch_size=66, attack="fgsm-rs")
+    macs = count_macs(build("float"), (1, 8, 8))
+    assert train(build("float"), splits, spec, threat, teacher=build("float")).macs == 66 * macs * (2 * 8 + 1)
+
+
+# --- weights
+
+
+def test_the_average_is_that_of_the_steps():
+    network = nn.Linear(1, 1, bias=False)
+    network.weight.data.fill_(0.0)
+    average = Averaged(network, 0.5)
+    slow = 0.0
+    for step in range(6):
+        network.weight.data.fill_(float(step))
+        average.update(network, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        slow = decay * slow + (1 - decay) * step
+    assert float(average.state["weight"]) == pytest.approx(slow)
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_what_is_kept_is_what_the_validation_part_prefers(keep, build, splits, threat):
+    spec = spec_of("adversarial", epochs=4, batch_size=16, lr=0.05, ema=0.9, keep=keep, attack="fgsm-rs")
+    result = train(build("quantized"), splits, spec, threat)
+    points = result.curve[-1:] if keep == "last" else result.curve
+    best = max(max(point.robust_accuracy, point.averaged_robust_accuracy) for point in points)
+    assert robust(result.model, splits.validation, threat) == pytest.approx(best, abs=1e-6)
+    assert result.notes[-1].startswith("kept epoch ")
+    assert all(point.averaged_clean_accuracy >= 0 for point in result.curve)
+
+
+@pytest.mark.parametrize("kind", ["float", "quantized"])
+def test_perturbed_weights_are_worse_by_their_measure_and_come_back(kind, build, splits):
+    network = build(kind).train()
+    images, labels = splits.train.pixels(), splits.train.labels
+    before = copy.deepcopy(network.state_dict())
+    loss = F.cross_entropy(network(images), labels)
+    with perturbed(network, loss, 0.01):
+        worse = F.cross_entropy(network(images), labels)
+        for name, module in network.named_modules():
+            if isinstance(module, QuantizedLayer):
+                assert module.offset is not None
+                assert float(module.offset.norm() / module.weight.detach().norm()) == pytest.approx(0.01, rel=1e-3), name
+    assert worse > loss
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert all(module.offset is None for module in network.modules() if isinstance(module, QuantizedLayer))
+
+
+def test_training_under_perturbed_weights_learns(build, splits, threat):
+    spec = spec_of("adversarial", epochs=6, batch_size=8, awp=0.005, attack="fgsm-rs")
+    assert robust(train(build("quantized"), splits, spec, threat).model, splits.test, threat) > 0.75
+
+
+# --- few bits
+
+
+def few(build, splits, weight_bits, activation_bits):
+    spec = QuantizeSpec(weight_bits=weight_bits, activation_bits=activation_bits, edge_bits=8)
+    return quantize(build("float"), spec, splits.train.pixels())
+
+
+@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(1, 4), (2, 2), (1, 1), (4, 4)])
+@pytest.mark.parametrize("ramp", [0.0, 0.6])
+def test_networks_of_few_bits_learn(weight_bits, activation_bits, ramp, build, splits, threat):
+    network = few(build, splits, weight_bits, activation_bits)
+    spec = spec_of("natural", epochs=8, batch_size=8, lr=0.03, bits_ramp=ramp)
+    trained = train(network, splits, spec, threat).model
+    found = (predict(trained, splits.test.pixels()).argmax(1) == splits.test.labels).float().mean()
+    assert found > 0.85
+    for module in trained.modules():
+        if isinstance(module, QuantizedLayer | ActivationQuantizer):
+            assert module.bits == module.final_bits
+    for name, module in trained.named_modules():
+        if isinstance(module, QuantizedLayer) and module.bits == 1:
+            assert set(module.weight_codes().unique().tolist()) <= {-1, 1}, name
+
+
+def test_bits_fall_one_by_one_and_a_stop_changes_nothing(build, splits, threat, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)
+    spec = spec_of("adversarial", epochs=4, batch_size=16, lr=0.01, bits_ramp=0.7, ema=0.9, attack="fgsm-reuse")
+    seen = []
+
+    def note(*_):
+        seen.append({m.bits for m in watched[0].modules() if isinstance(m, QuantizedLayer)})
+
+    watched = [None]
+    real = loop.perturb
+
+    def spy(network, *arguments):
+        watched[0] = network
+        note()
+        return real(network, *arguments)
+
+    monkeypatch.setattr(loop, "perturb", spy)
+    network = few(build, splits, 2, 4)
+    undisturbed = train(network, splits, spec, threat)
+    lowest = [min(bits) for bits in seen]
+    assert lowest == sorted(lowest, reverse=True)
+    assert set(lowest) == {8, 7, 6, 5, 4, 3, 2}
+
+    class Stop(Exception):
+        pass
+
+    for steps in (3, 4, 2, 5):
+        left = iter(range(steps))
+
+        def stop(*_, left=left):
+            if next(left, None) is None:
+                raise Stop
+
+        with pytest.raises(Stop):
+            train(network, splits, spec, threat, folder=tmp_path, on_progress=stop)
+    found = train(network, splits, spec, threat, folder=tmp_path)
+    assert found.curve == undisturbed.curve
+    first, second = found.model.state_dict(), undisturbed.model.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --- the way back
+
+
+def test_a_collapse_goes_back_to_the_last_good_epoch(build, splits, threat, monkeypatch, tmp_path):
+    """Overfitted in epochs 3 and 4, once each; what was learned before stays."""
+    failed = set()
+
+    def overfitted(network, validation, curve, inner, eps, spec):
+        if curve[-1].epoch in (3, 4) and curve[-1].epoch not in failed:
+            failed.add(curve[-1].epoch)
+            raise loop.Overfitting("overfitted")
+
+    monkeypatch.setattr(loop, "refuse_collapse", overfitted)
+    spec = spec_of("adversarial", epochs=5, batch_size=16, lr=0.01, attack="fgsm-rs")
+    for folder in (None, tmp_path):
+        failed.clear()
+        told = []
+        result = train(build("quantized"), splits, spec, threat, folder=folder, on_note=told.append)
+        assert told[0] == (
+            "training with lr 0.01 and fgsm-rs collapsed (overfitted); rolled back to the end of epoch 2 with lr 0.01 "
+            "and pgd-2"
+        )
+        assert "rolled back to the end of epoch 3 with lr 0.01 and pgd-3" in told[1]
+        assert tuple(told) == result.notes
+        assert [point.epoch for point in result.curve] == [1, 2, 3, 4, 5]
+        macs = 64 * count_macs(build("quantized"), (1, 8, 8))
+        assert result.macs == macs * (5 + 5 + 5 + 7 + 7 + 9 + 9), "what was rolled back was paid for"
