@@ -18,7 +18,7 @@ from coldforge.records import load_record
 from coldforge.report.table import headline, summary_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "results/README.md", "docs/architecture.md", "docs/evidence.md")
+PAGES = ("README.md", "results/README.md", "docs/architecture.md", "docs/evidence.md", "docs/int4.md")
 TABLE = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -109,6 +109,7 @@ COMMANDS = [
     "run",
     "report",
     "evaluate",
+    "sensitivity",
     "verify",
     "bench",
     "recipes",

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, CycloptsError, Parameter
 
 from coldforge._version import __version__
+from coldforge.cli_store import store_app
 from coldforge.errors import ColdforgeError, Interrupted, RecipeError, UsageError
-from coldforge.evaluation.request import DEFAULTS, EXAMPLES, Request
+from coldforge.evaluation.request import DEFAULTS, EXAMPLES, NETWORK_DEFAULTS, NetworkRequest, Request
 
 if TYPE_CHECKING:
     from coldforge.console import RichProgress
@@ -38,11 +39,6 @@ app = App(
         negative="", show_default=lambda it: None if it is False or it in (None, "") else str(it)
     ),
     suppress_keyboard_interrupt=False,
-)
-store_app = App(
-    name="store",
-    help="List, check and prune the finished stages that runs have left behind.",
-    help_epilogue="Example:\n\ncoldforge store list",
 )
 app.command(store_app)
 
@@ -219,6 +215,41 @@ def evaluate(
     sys.stdout.write("\nWritten:\n" + "".join(f"  {path}\n" for path in sorted(folder.iterdir())))
 
 
+@app.command(
+    help_epilogue="Examples:\n\n"
+    "coldforge sensitivity results/networks/fashion-mnist-cnn8 --data fashion-mnist --eps 0.1\n\n"
+    "coldforge sensitivity net.pt --model zoo:resnet20 --mean 0.5 --std 0.25 --data cifar10 --eps 8/255 --bits 4"
+)
+def sensitivity(
+    target: Path,
+    /,
+    *,
+    request: Annotated[NetworkRequest, Parameter(name="*")] = NETWORK_DEFAULTS,
+    ratio: Annotated[tuple[float, ...], Parameter(show_default=False)] = (0.25, 0.5),
+    bits: Annotated[tuple[int, ...], Parameter(show_default=False)] = (4, 2),
+    json: bool = False,
+    quiet: Annotated[bool, Parameter(alias="-q")] = False,
+) -> None:
+    """Compress one layer at a time, and say what that costs in accuracy and robust accuracy.
+
+    On validation images, which are split from the training images, and without any training: which layers can lose
+    channels or bits, and which must not?
+
+    Args:
+        target: a float network: a checkpoint with --model, --mean and --std, or a folder with model.safetensors.
+        ratio: part of the channels to remove; may be repeated. Default: 0.25 and 0.5.
+        bits: bits of the layer's weights and its input; may be repeated. Default: 4 and 2.
+        json: print the rows as JSON.
+        quiet: no progress.
+    """
+    from coldforge.console import print_json, print_sensitivity
+    from coldforge.evaluation.sensitivity import scan
+
+    with _progress(quiet) as progress:
+        rows = scan(target, request, ratios=ratio, bits=bits, progress=progress)
+    print_json([row.to_dict() for row in rows]) if json else print_sensitivity(rows)
+
+
 # --- the file on its machine -----------------------------------------------------------------------------------------
 
 
@@ -322,61 +353,6 @@ def recipes(name: str = "", /, *, keys: bool = False, attacks: bool = False, jso
     else:
         found = {preset: load_recipe(preset).description for preset in preset_names()}
         print_json(found) if json else print_table(("recipe", "description"), list(found.items()))
-
-
-# --- the store -------------------------------------------------------------------------------------------------------
-
-
-@store_app.command(name="list", help_epilogue="Example:\n\ncoldforge store list")
-def store_list(*, json: bool = False) -> None:
-    """List the finished stages, their sizes, and whether a record needs them.
-
-    Args:
-        json: print as JSON.
-    """
-    from coldforge.console import print_entries
-
-    store = _store()
-    print_entries(store.entries(), json)
-    if not json:
-        from coldforge.report.text import size
-
-        sys.stdout.write(f"{store.root}: {size(store.size_bytes())}\n")
-
-
-@store_app.command(name="verify", help_epilogue="Example:\n\ncoldforge store verify")
-def store_verify(*, json: bool = False) -> int:
-    """Check the size and checksum of every file. Damaged stages are rebuilt when a run next needs them.
-
-    Args:
-        json: print as JSON.
-    """
-    from coldforge.console import print_entries
-
-    entries = _store().verify()
-    damaged = [entry for entry in entries if entry.problem]
-    print_entries(entries if json else damaged, json)
-    if not json:
-        sys.stdout.write(f"{len(entries)} stages checked, {len(damaged)} damaged\n")
-    return 1 if damaged else 0
-
-
-@store_app.command(name="prune", help_epilogue="Example:\n\ncoldforge store prune --dry-run")
-def store_prune(*, dry_run: bool = False, json: bool = False) -> None:
-    """Delete the stages that no existing record.json needs, and what interrupted runs have left.
-
-    Args:
-        dry_run: only say what would be deleted.
-        json: print as JSON.
-    """
-    from coldforge.console import print_entries
-    from coldforge.report.text import size
-
-    pruned = _store().prune(dry_run=dry_run)
-    print_entries(pruned.entries, json)
-    if not json:
-        verb = "would be deleted" if dry_run else "deleted"
-        sys.stdout.write(f"{len(pruned.entries)} {verb}, {size(pruned.size_bytes)}\n")
 
 
 # --- this machine ----------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from coldforge.store import Entry
 
 if TYPE_CHECKING:
     from coldforge.deploy.bench import BenchRow
+    from coldforge.evaluation.sensitivity import Sensitivity
     from coldforge.records import EvaluationRecord
 
 LINE_EVERY_S = 15.0
@@ -72,6 +73,43 @@ def print_bench(rows: Sequence[BenchRow]) -> None:
     print_table(headers, cells)
     methods = ", ".join(sorted({row.energy_method for row in rows}))
     sys.stdout.write(f"median: of one call; speed: compared with the first file; energy per image: {methods}\n")
+
+
+def print_sensitivity(rows: Sequence[Sensitivity]) -> None:
+    """One line a layer and way, dearest first, after the network itself."""
+    whole, *others = rows
+    cells: list[tuple[object, ...]] = [
+        (
+            row.layer,
+            row.how,
+            text.percent(row.robust_accuracy),
+            _points(row),
+            text.percent(row.clean_accuracy),
+            *_saved(row),
+        )
+        for row in sorted(others, key=lambda row: -row.robust_loss)
+    ]
+    start = (
+        whole.layer,
+        whole.how,
+        text.percent(whole.robust_accuracy),
+        "",
+        text.percent(whole.clean_accuracy),
+        "",
+        "",
+    )
+    headers = ("layer", "compressed by", "robust", "cost, points [95 %]", "clean", "params saved", "MACs saved")
+    print_table(headers, [start, *cells])
+    sys.stdout.write("robust: under PGD-10, on validation images; nothing was trained after the compression\n")
+
+
+def _points(row: Sensitivity) -> str:
+    low, high = row.robust_loss_ci95
+    return f"{100 * row.robust_loss:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _saved(row: Sensitivity) -> tuple[str, str]:
+    return (text.percent(row.params), text.percent(row.macs)) if row.params else ("", "")
 
 
 def print_evaluation(record: EvaluationRecord) -> None:

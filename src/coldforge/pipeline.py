@@ -13,13 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from coldforge import assemble, stages
 from coldforge.attacks import ThreatModel, parse_attack, parse_inner
 from coldforge.data import DataSplits, load_data
-from coldforge.models import check_classifier, model_source
+from coldforge.models import check_classifier, model_source, torch_threads
 from coldforge.progress import Progress, Step
 from coldforge.provenance import has_bf16, physical_cores
 from coldforge.recipe import Recipe
@@ -159,12 +158,8 @@ def _shop(
         num_classes=len(data.classes),
     )
     check_classifier(source.build(0), data.image_shape, len(data.classes))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(recipe.compute.threads)
-    try:
+    with torch_threads(recipe.compute.threads):
         yield Shop(recipe, data, source, store, progress or Progress())
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _steps(shop: Shop, made: Arrow) -> list[Step]:

@@ -42,7 +42,7 @@ def start(splits, model, recipe, tmp_path):
         ("finetunes.epochs=3", r"unknown key 'finetunes'; did you mean 'finetune'\?"),
         ("threat_model.eps=8", r"expected a fraction of the pixel range \[0, 1\], got 8; did you mean 8/255\?"),
         ("prune.ratio=1", r"prune\.ratio: expected .* 0 <= ratio < 1, got 1; 1 would remove every channel"),
-        ("quantize.weight_bits=3.5", r"quantize\.weight_bits: expected a whole number of bits, one of 2, .*, got 3\.5"),
+        ("quantize.weight_bits=3.5", r"quantize\.weight_bits: expected a whole number of bits, one of 1, .*, got 3\.5"),
         ("deploy.arm=none", r"deploy\.arm: expected one of finetune\.arms \['natural', 'adversarial'\], got 'none'"),
     ],
 )

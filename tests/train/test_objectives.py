@@ -119,7 +119,7 @@ def test_a_teacher_is_needed(build, splits, threat):
 def test_perturbations_of_moved_images_are_not_reused(build, splits, threat):
     moved = copy.copy(splits)
     object.__setattr__(moved, "augment", "crop-flip")
-    with pytest.raises(RecipeError, match="fgsm-reuse starts where .* n-fgsm"):
+    with pytest.raises(RecipeError, match=r"fgsm-reuse starts where .* n-fgsm"):
         train(build("float"), moved, spec_of("adversarial", attack="fgsm-reuse"), threat)
 
 
@@ -176,7 +176,9 @@ def test_perturbed_weights_are_worse_by_their_measure_and_come_back(kind, build,
         for name, module in network.named_modules():
             if isinstance(module, QuantizedLayer):
                 assert module.offset is not None
-                assert float(module.offset.norm() / module.weight.detach().norm()) == pytest.approx(0.01, rel=1e-3), name
+                assert float(module.offset.norm() / module.weight.detach().norm()) == pytest.approx(0.01, rel=1e-3), (
+                    name
+                )
     assert worse > loss
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert all(module.offset is None for module in network.modules() if isinstance(module, QuantizedLayer))

@@ -3,8 +3,9 @@
 from coldforge.compress.checkpoint import Structure, build, load_network, read_structure, save_network
 from coldforge.compress.fakequant import ActivationQuantizer, Backward, QuantizedLayer, attacking, fake_quantize
 from coldforge.compress.graph import fold_batchnorm, trace
-from coldforge.compress.prune import PruningPlan, prune, replay
-from coldforge.compress.quantize import calibrate, insert_quantizers, quantize, set_bits, weight_bit_widths
+from coldforge.compress.importance import taylor
+from coldforge.compress.prune import PruningPlan, joined, prune, replay
+from coldforge.compress.quantize import calibrate, insert_quantizers, quantize, refit, set_bits, weight_bit_widths
 
 __all__ = [
     "ActivationQuantizer",
@@ -18,13 +19,16 @@ __all__ = [
     "fake_quantize",
     "fold_batchnorm",
     "insert_quantizers",
+    "joined",
     "load_network",
     "prune",
     "quantize",
     "read_structure",
+    "refit",
     "replay",
     "save_network",
     "set_bits",
+    "taylor",
     "trace",
     "weight_bit_widths",
 ]

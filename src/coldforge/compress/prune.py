@@ -1,11 +1,12 @@
 """Structured pruning: remove whole channels, so that the network that is left is small without masks.
 
-Every layer but the output loses the same part of its channels (local, uniform pruning), those with the least norm of
-their filters first (Li et al., ICLR 2017, https://arxiv.org/abs/1608.08710; the setting of arXiv 2403.09441). Layers
-that must keep the same channels, such as those joined by a residual connection, are ranked together: the score of a
-channel is the norm of its filters in all of them. Which layers these are is found by torch-pruning (DepGraph,
-https://arxiv.org/abs/2301.12900). Where we differ from it: it rounds widths down, to 0 if need be, we round to the
-nearest multiple and keep a minimum width; and its pruned networks are pickles, ours are a plan in plain JSON.
+Every layer but the output loses the same part of its channels (uniform pruning), those with the least importance first
+(:mod:`coldforge.compress.importance`; L1 in arXiv 2403.09441), or those go that matter least wherever they are (global
+pruning, with a floor for each layer). Layers that must keep the same channels, such as those joined by a residual
+connection, are ranked together: the score of a channel is the sum over all of them. Which layers these are is found by
+torch-pruning (DepGraph, https://arxiv.org/abs/2301.12900). Where we differ from it: it rounds widths down, to 0 if need
+be, we round to the nearest multiple and keep a minimum width; and its pruned networks are pickles, ours are a plan in
+plain JSON.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,13 +31,11 @@ from coldforge.compress.dependency import (
     probe_images,
     traceable,
 )
+from coldforge.compress.importance import Importance, at_random, batchnorm_scale, norm
 from coldforge.errors import ModelError, nearest
 from coldforge.models.zoo import OptionAShortcut
 from coldforge.recipe import PruneSpec
 from coldforge.spec import Spec
-
-Importance = Callable[[nn.Module, str], Tensor]
-"""Called with the dense network and the name of a layer; returns one score for each output channel, high to keep."""
 
 
 class PruningPlan(Spec):
@@ -82,6 +82,7 @@ def prune(
     image_shape: Sequence[int],
     seed: int = 0,
     importance: Importance | None = None,
+    only: Sequence[str] = (),
 ) -> tuple[nn.Module, PruningPlan]:
     """Remove channels from a copy of ``model``.
 
@@ -95,6 +96,7 @@ def prune(
         image_shape: of one image. # (C, H, W)
         seed: of the random ranking (``importance = "random"``).
         importance: ranks channels in place of ``spec.importance``; scores of layers that hang together are added.
+        only: names of layers; where given, only they and the layers tied to them lose channels.
 
     Returns:
         The pruned copy, and the plan. Ratio 0 gives an unchanged copy and an empty plan.
@@ -108,7 +110,7 @@ def prune(
         return pruned, PruningPlan()
     dense = copy.deepcopy(model)
     images = probe_images(pruned, image_shape)
-    scores = importance or _ranking(spec.importance, seed)
+    scores = importance or _ranking(model, spec.importance, seed)
     with traceable(pruned):
         graph = dependency_graph(pruned, images)
         kept_whole = output_layers(graph)
@@ -122,6 +124,7 @@ def prune(
             and not isinstance(layer, OptionAShortcut)
         }
         groups = [group for group in graph.get_all_groups() if not _holds(graph, group, kept_whole)]
+        groups = [group for group in groups if not only or _names_in(graph, group, names) & set(only)]
         if not groups:
             raise ModelError(
                 "expected a network with channels that can be pruned, found none besides the output; "
@@ -130,8 +133,10 @@ def prune(
         steps: list[tuple[str, bool, tuple[int, ...]]] = []
         removed_in: dict[str, set[int]] = defaultdict(set)
         removed_out: dict[str, set[int]] = defaultdict(set)
-        for group in groups:
-            indices = _least_important(graph, group, dense, names, spec, scores)
+        ranked = [_ranked_parts(graph, group, dense, names, scores) for group in groups]
+        surplus = iter(_surplus([part for parts in ranked for part in parts], spec))
+        for group, parts in zip(groups, ranked, strict=True):
+            indices = sorted(index for part in parts for index in part.worst(next(surplus)))
             if not indices:
                 continue
             root, function = group[0].dep.target.module, group[0].dep.handler
@@ -162,6 +167,14 @@ def prune(
             {name: sorted(indices) for name, indices in removed_out.items()},
         )
     return pruned, plan
+
+
+def joined(first: PruningPlan, second: PruningPlan, requested: float) -> PruningPlan:
+    """One plan for two prunings, one after the other."""
+    widths = {name: (before, second.widths.get(name, (0, after))[1]) for name, (before, after) in first.widths.items()}
+    total = sum(before for before, _ in widths.values())
+    achieved = (total - sum(after for _, after in widths.values())) / max(total, 1)
+    return PruningPlan(steps=first.steps + second.steps, requested=requested, achieved=achieved, widths=widths)
 
 
 def replay(model: nn.Module, plan: PruningPlan, *, image_shape: Sequence[int]) -> nn.Module:
@@ -204,6 +217,17 @@ def replay(model: nn.Module, plan: PruningPlan, *, image_shape: Sequence[int]) -
     return pruned
 
 
+def _ranking(model: nn.Module, kind: str, seed: int) -> Importance:
+    """What a name in a recipe means, as far as weights alone decide."""
+    if kind == "random":
+        return at_random(seed)
+    if kind == "batchnorm":
+        return batchnorm_scale(model)
+    if kind in ("l1", "l2"):
+        return norm(1 if kind == "l1" else 2)
+    raise ModelError(f"prune.importance = {kind!r} needs images: pass importance=taylor(model, batches)")
+
+
 # --- the parts -------------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +244,12 @@ def _holds(graph: Any, group: Any, layers: set[nn.Module]) -> bool:
         and (item.dep.target.module in layers or isinstance(item.dep.target.module, nn.LSTM | nn.MultiheadAttention))
         for item in group
     )
+
+
+def _names_in(graph: Any, group: Any, names: dict[nn.Module, str]) -> set[str]:
+    """Layers whose output channels the group removes."""
+    layers = [item.dep.target.module for item in group if graph.is_out_channel_pruning_fn(item.dep.handler)]
+    return {names[layer] for layer in layers if is_filter_layer(layer)}
 
 
 def _blocks(graph: Any, group: Any) -> int | None:
@@ -263,39 +293,41 @@ def _parts(group: Any, width: int) -> list[list[int]]:
     return list(parts.values())
 
 
-def _ranking(kind: str, seed: int) -> Importance:
-    """Scores of one layer's output channels; L2 as squares, because scores of a group are added."""
-    generator = torch.Generator().manual_seed(seed)
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Channels of one group's root that are ranked among each other."""
 
-    def score(model: nn.Module, name: str) -> Tensor:
-        layer = model.get_submodule(name)
-        if kind == "random":
-            return torch.rand(_width(layer), generator=generator)
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        filters = weight.detach().transpose(0, 1) if getattr(layer, "transposed", False) else weight.detach()
-        flat = filters.flatten(1).double()
-        return flat.abs().sum(1) if kind == "l1" else flat.square().sum(1)
+    rows: Tensor  # (blocks, n): channels of the root; the blocks of a grouped convolution lose the same columns
+    scores: Tensor  # (n,), high to keep
+    layers: int  # that lose channels with them
 
-    return score
+    @property
+    def width(self) -> int:
+        return self.rows.numel()
+
+    def narrowest(self, spec: PruneSpec) -> int:
+        """Channels that stay whatever the scores say."""
+        return self.kept(1.0 - spec.floor, spec)
+
+    def kept(self, ratio: float, spec: PruneSpec) -> int:
+        """Channels that stay at a ratio of its own."""
+        blocks = len(self.rows)
+        return target_width(self.width, ratio, round_to=spec.round_to, min_width=spec.min_width, blocks=blocks)
+
+    def worst(self, surplus: int) -> list[int]:
+        """The ``surplus`` channels with the least scores."""
+        columns = torch.argsort(self.scores, stable=True)[: surplus // len(self.rows)]
+        return self.rows[:, columns].flatten().tolist()
 
 
-def _least_important(
-    graph: Any, group: Any, dense: nn.Module, names: dict[nn.Module, str], spec: PruneSpec, scores: Importance
-) -> list[int]:
-    """The output channels of the group's root to remove, ascending; empty where it must stay whole."""
+def _ranked_parts(
+    graph: Any, group: Any, dense: nn.Module, names: dict[nn.Module, str], scores: Importance
+) -> list[_Part]:
+    """The parts of a group, ranked; none where it must stay whole."""
     width, blocks = len(group[0].idxs), _blocks(graph, group)
     if blocks is None:
         return []
-    # The blocks of a grouped convolution all lose the same positions, so they are one part.
-    parts = _parts(group, width) if blocks == 1 else [list(range(width))]
-    surplus = [
-        len(part) - target_width(len(part), spec.ratio, round_to=spec.round_to, min_width=spec.min_width, blocks=blocks)
-        for part in parts
-    ]
-    if not any(surplus):
-        return []
-    total = torch.zeros(width, dtype=torch.float64)
+    total, layers = torch.zeros(width, dtype=torch.float64), 0
     for item in group:
         layer = item.dep.target.module
         out = graph.is_out_channel_pruning_fn(item.dep.handler)
@@ -311,12 +343,35 @@ def _least_important(
                 f"layer {names[layer]!r}: expected finite weights, got NaN or infinity; load other weights"
             )
         total.index_add_(0, torch.tensor(item.root_idxs), score[torch.tensor(item.idxs)])
-    indices: list[int] = []
-    for part, count in zip(parts, surplus, strict=True):
-        rows = torch.tensor(part).view(blocks, -1)
-        worst = torch.argsort(total[rows].mean(0), stable=True)[: count // blocks]
-        indices += rows[:, worst].flatten().tolist()
-    return sorted(indices)
+        layers += 1
+    # The blocks of a grouped convolution all lose the same positions, so they are one part.
+    parts = _parts(group, width) if blocks == 1 else [list(range(width))]
+    rows = [torch.tensor(part).view(blocks, -1) for part in parts]
+    return [_Part(row, total[row].mean(0), layers) for row in rows]
+
+
+def _surplus(parts: Sequence[_Part], spec: PruneSpec) -> list[int]:
+    """How many channels each part loses: all the same share, or those that matter least wherever they are."""
+    if spec.scope == "uniform":
+        return [part.width - part.kept(spec.ratio, spec) for part in parts]
+    # scores of different layers are compared in units of the layer's mean (as torch-pruning's "mean" normalizer)
+    relative = [part.scores / part.scores.mean().clamp_min(1e-300) for part in parts]
+    wanted = spec.ratio * sum(part.width * part.layers for part in parts)
+
+    def lost(threshold: float) -> list[int]:
+        found = []
+        for part, score in zip(parts, relative, strict=True):
+            ratio = float((score < threshold).double().mean())
+            kept = part.kept(ratio, spec) if ratio < 1 else part.narrowest(spec)
+            found.append(part.width - max(kept, part.narrowest(spec)))
+        return found
+
+    def excess(threshold: float) -> float:
+        removed = sum(count * part.layers for count, part in zip(lost(threshold), parts, strict=True))
+        return abs(removed - wanted)
+
+    thresholds = torch.cat(relative).unique().tolist()
+    return lost(min([*thresholds, torch.inf], key=excess))
 
 
 def _execute(graph: Any, model: nn.Module, steps: Sequence[tuple[str, bool, tuple[int, ...]]]) -> None:

@@ -215,6 +215,11 @@ def calibrate(network: nn.Module, images: Tensor, method: str, *, beyond_box: fl
             quantizer.set_range(*_range(torch.cat(samples[quantizer]), quantizer.bits, method))
 
 
+def refit(layer: QuantizedLayer) -> None:
+    """Choose the weight steps anew for the bits that the layer has now: least squared rounding error."""
+    _fit_weight_step(layer, "mse")
+
+
 def set_bits(network: nn.Module, bits: int, *, keep_steps: bool = False) -> bool:
     """Let every quantizer have ``bits`` bits, or as many as it ends with if these are more; in place.
 
@@ -239,7 +244,7 @@ def set_bits(network: nn.Module, bits: int, *, keep_steps: bool = False) -> bool
         if isinstance(module, QuantizedLayer):
             module.bits = wanted
             if not keep_steps:
-                _fit_weight_step(module, "mse")
+                refit(module)
             continue
         step, zero = float(module.step.detach()), int(module.zero_point)
         low, high = -zero * step, (module.qmax - zero) * step

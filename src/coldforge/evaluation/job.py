@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from coldforge.errors import StoreError, UsageError
 from coldforge.evaluate import WORST_CASE, Ledger, Precision, evaluate, masking_panel, summarize, wilson_interval
 from coldforge.evaluation.request import Request
 from coldforge.evaluation.subject import Subject, load_subject
+from coldforge.models import torch_threads
 from coldforge.progress import Progress, Step
 from coldforge.provenance import has_bf16, physical_cores, provenance, versions
 from coldforge.records import AttackedRecord, EvaluationRecord, MaskingRecord, ThreatModelRecord
@@ -53,7 +52,7 @@ def evaluate_path(
     threads = request.threads or min(physical_cores(), 8)
     precision: Precision = ("bf16" if has_bf16() else "fp32") if request.precision == "auto" else request.precision
     budget_s = request.budget_s
-    with _torch_threads(threads):
+    with torch_threads(threads):
         subject = load_subject(path, request, threads=threads)
         _prepare(out)
         n = min(request.n, len(subject.data)) if request.n else len(subject.data)
@@ -238,13 +237,3 @@ def _write(out: Path, record: EvaluationRecord, ledger: Ledger) -> None:
         write_atomic(out / RECORD, record.to_json())
     except OSError as error:
         raise StoreError(f"cannot write the results into {out}: {error.strerror or error}") from error
-
-
-@contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

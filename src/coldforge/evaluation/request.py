@@ -31,23 +31,19 @@ _UNITS = {"h": 3600.0, "min": 60.0, "m": 60.0, "s": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """How to evaluate; the docstring of each field is the help of its option."""
+class NetworkRequest:
+    """Which network, which images, which attacks; the docstring of each field is the help of its option."""
 
     data: str | None = None
-    """test images, as in recipes: fashion-mnist, cifar10, hf:NAME, folder:DIR, ...; default: those of the folder."""
+    """images, as in recipes: fashion-mnist, cifar10, hf:NAME, folder:DIR, ...; default: those of the folder."""
     eps: str | None = None
     """radius of the attacks in pixel units, such as 0.1 or 8/255; default: that of the folder's recipe."""
     norm: Literal["linf", "l2"] | None = None
     """norm of the perturbation; default: that of the folder's recipe, else linf."""
-    attack: tuple[str, ...] | None = None
-    """see `coldforge recipes --attacks`; separate with commas; default: fgsm,pgd-20,autoattack-lite, or square."""
     n: int = 1000
-    """how many test images to attack, from the front of the test set; 0: all."""
+    """how many images to attack, from the front of the set; 0: all."""
     seed: int = 0
     """seed of every random draw."""
-    budget: str | None = None
-    """stop attacking after so long, such as 20min, 90s or 1h; what is left unfinished is counted and said."""
     model: str | None = None
     """architecture of a checkpoint: package.module:factory, zoo:NAME, timm:NAME or torchvision:NAME."""
     mean: str | None = None
@@ -56,21 +52,34 @@ class Request:
     """the same for the standard deviation."""
     key_prefix: str = ""
     """prefix to strip from the keys of a checkpoint, such as "module."."""
+    threads: int = 0
+    """threads to compute with; 0: the physical cores, at most 8."""
+
+    def __post_init__(self) -> None:
+        for name in ("n", "seed", "threads"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"--{name}: expected 0 or more, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(NetworkRequest):
+    """How to evaluate."""
+
+    attack: tuple[str, ...] | None = None
+    """see `coldforge recipes --attacks`; separate with commas; default: fgsm,pgd-20,autoattack-lite, or square."""
+    budget: str | None = None
+    """stop attacking after so long, such as 20min, 90s or 1h; what is left unfinished is counted and said."""
     surrogate: Path | None = None
     """a folder of `coldforge run` or a checkpoint, on which to find images that are then tried on the target."""
     precision: Literal["auto", "exact", "fp32", "bf16"] = "auto"
     """how attacks search: on the network as it is, or faster on a copy; what a copy finds is verified exactly."""
-    threads: int = 0
-    """threads to compute with; 0: the physical cores, at most 8."""
     no_masking: bool = False
     """skip the masking checks; nothing then says whether the robust accuracy holds."""
     masking_n: int = 200
     """test images for the masking checks."""
 
     def __post_init__(self) -> None:
-        for name in ("n", "seed", "threads"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"--{name}: expected 0 or more, got {getattr(self, name)}")
+        super().__post_init__()
         if self.masking_n < 1:
             raise UsageError(f"--masking-n: expected 1 or more, got {self.masking_n}; --no-masking skips the checks")
 
@@ -99,6 +108,7 @@ class Request:
 
 
 DEFAULTS = Request()
+NETWORK_DEFAULTS = NetworkRequest(n=500)
 
 
 def parse_duration(text: str) -> float:

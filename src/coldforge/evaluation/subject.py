@@ -16,7 +16,7 @@ from coldforge.data import DataSplits, ImageSet, load_data
 from coldforge.deploy import OnnxSession
 from coldforge.errors import DataError, ModelError, UsageError
 from coldforge.evaluate import Target
-from coldforge.evaluation.request import ATTACKS, BLACK_BOX_ATTACKS, Request, parse_numbers
+from coldforge.evaluation.request import ATTACKS, BLACK_BOX_ATTACKS, NetworkRequest, Request, parse_numbers
 from coldforge.models import channels_last, check_classifier, load_weights, model_source, normalized
 from coldforge.models.checkpoints import SUFFIXES
 from coldforge.recipe import DataSpec, Recipe, ThreatModelSpec, load_recipe
@@ -106,6 +106,22 @@ def load_subject(path: Path, request: Request, *, threads: int) -> Subject:
     )
 
 
+def load_network_of(path: Path, request: NetworkRequest) -> tuple[nn.Module, DataSplits, ThreatModel]:
+    """A network, its data and its threat model, for what is learned on validation images.
+
+    Raises:
+        UsageError: an ONNX file, which has no network, or an option that is missing.
+        ColdforgeError: a network or data that are damaged or do not fit.
+    """
+    kind = _kind(path)
+    if kind == "onnx":
+        raise UsageError(f"expected a network whose layers can be changed, got the file {path}")
+    recipe = load_recipe(path / "recipe.toml") if kind == "folder" else None
+    threat_model = _threat_model(request, recipe)
+    splits, _ = _data(path, request, recipe)
+    return _network(path, request, splits.test).module, splits, threat_model
+
+
 # --- what is it, and what was asked ----------------------------------------------------------------------------------
 
 
@@ -142,7 +158,7 @@ def _refuse_ignored_options(kind: Kind, request: Request) -> None:
         raise UsageError("--model is for checkpoints; an .onnx file holds its own architecture")
 
 
-def _threat_model(request: Request, recipe: Recipe | None) -> ThreatModel:
+def _threat_model(request: NetworkRequest, recipe: Recipe | None) -> ThreatModel:
     spec = recipe.threat_model if recipe else None
     norm = request.norm or (spec.norm if spec else "linf")
     if request.eps is None and (spec is None or spec.norm != norm):
@@ -174,7 +190,7 @@ def _attacks(request: Request, kind: Kind, threat_model: ThreatModel) -> tuple[A
     return tuple(attacks.values())
 
 
-def _data(path: Path, request: Request, recipe: Recipe | None) -> tuple[DataSplits, str]:
+def _data(path: Path, request: NetworkRequest, recipe: Recipe | None) -> tuple[DataSplits, str]:
     """The data, and the name of their source."""
     if request.data:
         spec = DataSpec(source=request.data)
@@ -197,7 +213,7 @@ def _data(path: Path, request: Request, recipe: Recipe | None) -> tuple[DataSpli
 # --- networks and files ----------------------------------------------------------------------------------------------
 
 
-def _network(path: Path, request: Request, data: ImageSet) -> _Network:
+def _network(path: Path, request: NetworkRequest, data: ImageSet) -> _Network:
     kind = _kind(path)
     if kind == "onnx":
         raise UsageError(f"--surrogate: expected a network with gradients, got the file {path}; name a checkpoint")
@@ -207,7 +223,7 @@ def _network(path: Path, request: Request, data: ImageSet) -> _Network:
     return found
 
 
-def _from_folder(path: Path, kind: Kind, request: Request, data: ImageSet) -> _Network:
+def _from_folder(path: Path, kind: Kind, request: NetworkRequest, data: ImageSet) -> _Network:
     folder = path / "model" if kind == "folder" else path
     structure = read_structure(folder)
     shape, classes = structure.image_shape, len(structure.classes)
@@ -230,7 +246,7 @@ def _from_folder(path: Path, kind: Kind, request: Request, data: ImageSet) -> _N
     )
 
 
-def _from_file(path: Path, request: Request, data: ImageSet) -> _Network:
+def _from_file(path: Path, request: NetworkRequest, data: ImageSet) -> _Network:
     if not request.model:
         raise UsageError(
             f"--model: expected the architecture of {path}, such as --model package.module:factory or "

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from coldforge.attacks import parse_inner
-from coldforge.compress import Structure, save_network
+from coldforge.attacks import loss_direction, parse_inner, perturb
+from coldforge.compress import PruningPlan, Structure, joined, save_network, taylor
 from coldforge.compress import build as build_network
 from coldforge.compress import prune as prune_channels
 from coldforge.compress import quantize as quantize_network
+from coldforge.compress.importance import Importance
 from coldforge.errors import RecipeError
 from coldforge.models import check_classifier, load_weights, normalized
 from coldforge.recipe import QuantizeSpec, TrainSpec
-from coldforge.records import CurvePoint
 from coldforge.stages.shop import Report, Shop, Stage, file_digest, write_json
-from coldforge.train import Objective, train
+from coldforge.train import Objective, TrainResult, train
 
 
 def baseline(shop: Shop) -> Stage:
@@ -67,18 +69,79 @@ def reference(shop: Shop) -> Stage:
 
 
 def prune(shop: Shop, network: Stage) -> Stage:
-    """Remove channels; the result is the *parent* of all that follows."""
+    """Remove channels; the result is the *parent* of all that follows.
+
+    In several steps, if wanted, with training between them on what the deployed arm is trained on.
+    """
     spec = shop.recipe.prune
+    between = _between_steps(shop) if spec.steps > 1 and spec.ratio else None
+    sees_images = spec.importance.startswith("taylor")
+    each = spec.model_copy(update={"ratio": 1 - (1 - spec.ratio) ** (1 / spec.steps)})
 
     def build(folder: Path, report: Report) -> None:
-        dense, structure = shop.network(network)
-        small, plan = prune_channels(dense, spec, image_shape=structure.image_shape, seed=shop.recipe.seed)
+        small, structure = shop.network(network)
+        plan = PruningPlan()
+        rounds = spec.steps if spec.ratio else 1
+        results = []
+        for number in range(rounds):
+            ranking = _taylor(shop, small) if sees_images else None
+            small, more = prune_channels(
+                small, each, image_shape=structure.image_shape, seed=shop.recipe.seed, importance=ranking
+            )
+            plan = joined(plan, more, spec.ratio) if plan.widths else more.model_copy(update={"requested": spec.ratio})
+            if between is not None and number + 1 < rounds:
+                checkpoints = folder / f"checkpoint-step-{number}"
+                checkpoints.mkdir(exist_ok=True)
+                result = _trained(shop, small, between, checkpoints, report)
+                small = result.model
+                results.append(result)
         save_network(folder, small, structure.model_copy(update={"pruning": plan}))
+        write_json(folder / "result.json", _outcome(results))
 
-    seed = shop.recipe.seed if spec.importance == "random" else 0
+    seed = shop.recipe.seed if spec.importance == "random" or sees_images or between else 0
+    attacked = _threat_of(shop, between) if between else None
+    if spec.importance == "taylor-adversarial":
+        attacked = shop.recipe.threat_model
+    cost = 0.0
+    if between is not None:
+        cost = (spec.steps - 1) * _training_macs(shop, between, (shop.dense_macs() + shop.small_macs()) / 2)
     return shop.declare(
-        "prune", f"prune {spec.ratio:.0%} of channels", [spec, seed], [network], build, reads_data=False
+        "prune",
+        f"prune {spec.ratio:.0%} of channels",
+        [spec, seed, between, attacked],
+        [network],
+        build,
+        reads_data=sees_images or between is not None,
+        macs=cost,
     )
+
+
+def _between_steps(shop: Shop) -> TrainSpec | None:
+    """How a network is trained between two steps of pruning; None: not at all."""
+    arm, whole = shop.recipe.deploy.arm, shop.recipe.finetune
+    if arm == "none":
+        return None
+    settings = {name: getattr(whole, name) for name in TrainSpec.model_fields}
+    settings |= {"epochs": shop.recipe.prune.step_epochs, "lr": whole.float_lr or whole.lr, "bits_ramp": 0.0}
+    settings["objective"] = "adversarial" if arm == "adversarial" else "natural"
+    return TrainSpec(**settings)
+
+
+def _taylor(shop: Shop, network: nn.Module) -> Importance:
+    """Taylor importance from training images, clean or attacked with PGD-7 at full eps."""
+    spec, threat_model = shop.recipe.prune, shop.threat_model
+    part = shop.data.train.take(slice(0, spec.importance_n))
+    inner = parse_inner("pgd-7")
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in zip(part.pixels().split(128), part.labels.split(128), strict=True):
+            if spec.importance == "taylor-adversarial":
+                ascend = partial(loss_direction, labels=labels, loss="ce")
+                generator = torch.Generator().manual_seed(shop.recipe.seed)
+                images = perturb(network, images, ascend, threat_model, inner, generator)
+            yield images, labels
+
+    return taylor(network, batches())
 
 
 def quantize(shop: Shop, network: Stage) -> Stage:
@@ -217,41 +280,49 @@ def _train_into(
         finish: applied to the result.
     """
     whole = sum(spec.epochs for spec in specs)
-    curve: list[CurvePoint] = []
-    notes: list[str] = []
-    seconds = macs = 0.0
+    results: list[TrainResult] = []
     for number, spec in enumerate(specs):
         checkpoints = folder if len(specs) == 1 else folder / f"checkpoint-part-{number}"
         checkpoints.mkdir(exist_ok=True)
-        done = len(curve)
+        done = sum(part.epochs for part in specs[:number])
 
         def tell(fraction: float, line: str, done: int = done, epochs: int = spec.epochs) -> None:
             report((done + fraction * epochs) / whole, line)
 
-        result = train(
-            network,
-            shop.data,
-            spec,
-            shop.threat_model,
-            seed=shop.recipe.seed,
-            precision=shop.recipe.compute.precision,
-            teacher=teacher,
-            folder=checkpoints,
-            on_progress=tell,
-            on_note=shop.progress.note,
-        )
+        result = _trained(shop, network, spec, checkpoints, tell, teacher=teacher)
         network = between(result.model) if number + 1 < len(specs) else finish(result.model)
-        curve += [point.model_copy(update={"epoch": point.epoch + done}) for point in result.curve]
-        notes += result.notes
-        seconds, macs = seconds + result.seconds, macs + result.macs
+        results.append(result)
     save_network(folder, network, structure)
-    found = {
-        "train_seconds": seconds,
-        "train_macs": macs,
-        "curve": [point.model_dump() for point in curve],
-        "notes": notes,
+    write_json(folder / "result.json", _outcome(results))
+
+
+def _trained(
+    shop: Shop, network: nn.Module, spec: TrainSpec, folder: Path, report: Report, *, teacher: nn.Module | None = None
+) -> TrainResult:
+    """One training, with what all trainings of a run share."""
+    return train(
+        network,
+        shop.data,
+        spec,
+        shop.threat_model,
+        seed=shop.recipe.seed,
+        precision=shop.recipe.compute.precision,
+        teacher=teacher,
+        folder=folder,
+        on_progress=report,
+        on_note=shop.progress.note,
+    )
+
+
+def _outcome(results: Sequence[TrainResult]) -> dict[str, object]:
+    """What the record says of one or more trainings, one after the other."""
+    curve = [point for result in results for point in result.curve]
+    return {
+        "train_seconds": sum(result.seconds for result in results),
+        "train_macs": sum(result.macs for result in results),
+        "curve": [point.model_dump() | {"epoch": epoch} for epoch, point in enumerate(curve, 1)],
+        "notes": [note for result in results for note in result.notes],
     }
-    write_json(folder / "result.json", found)
 
 
 def _dense_structure(shop: Shop) -> Structure:

@@ -13,10 +13,8 @@ it looks well and the other kind of gradients breaks it (measured: docs/architec
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from coldforge.attacks import InnerAttack, ThreatModel, parse_inner, perturb
-from coldforge.compress import ActivationQuantizer, QuantizedLayer, attacking, set_bits
+from coldforge.compress import QuantizedLayer, attacking, set_bits
 from coldforge.data import DataSplits, epoch_batches, steps_per_epoch
 from coldforge.errors import CollapseError, RecipeError, TrainingError
 from coldforge.evaluate import BACKWARDS
@@ -37,6 +35,7 @@ from coldforge.spec import spec_hash
 from coldforge.train.checkpoint import Shelf, TrainState
 from coldforge.train.guard import Collapse, NotFinite, Overfitting, monitor, refuse_collapse
 from coldforge.train.objective import Objective, Teacher
+from coldforge.train.optimizer import make_fabric, parameter_groups, quantizer_steps
 from coldforge.train.schedule import bits_now, learning_rate, ramped_eps
 from coldforge.train.weights import Averaged, perturbed
 
@@ -168,10 +167,10 @@ class _Attempt:
         self.macs = state.macs
         self._per_epoch = steps_per_epoch(len(data.train), spec.batch_size)
         self._total = self._per_epoch * spec.epochs
-        self._fabric = _fabric(precision)
+        self._fabric = make_fabric(precision)
         self._network = channels_last(copy.deepcopy(model))
         optimizer = torch.optim.SGD(
-            _parameter_groups(self._network, spec.weight_decay),
+            parameter_groups(self._network, spec.weight_decay),
             lr=spec.lr,
             momentum=spec.momentum,
             nesterov=spec.nesterov,
@@ -185,7 +184,7 @@ class _Attempt:
             self._image_macs += count_macs(teacher, data.image_shape)
         if spec.bits_ramp:
             set_bits(self._network, self._bits(max(state.step - 1, 0)), keep_steps=bool(state.model))
-        self._calibrated = _copies(_quantizer_steps(self._network))
+        self._calibrated = _copies(quantizer_steps(self._network))
         if state.model:
             state.restore(self._network, optimizer)
             for name, start in state.steps.items():
@@ -244,7 +243,7 @@ class _Attempt:
         """One step of the optimizer; the loss."""
         spec, network = self._spec, self._network
         if spec.bits_ramp and set_bits(network, self._bits(step)):
-            self._calibrated = _copies(_quantizer_steps(network))
+            self._calibrated = _copies(quantizer_steps(network))
             if self._averaged is not None:  # steps of other bits cannot be averaged
                 self._averaged = Averaged(network, spec.ema)
         for group in self._optimizer.param_groups:
@@ -266,7 +265,7 @@ class _Attempt:
                 self._fabric.backward(loss)
         self._optimizer.step()
         with torch.no_grad():
-            for name, learned in _quantizer_steps(network).items():
+            for name, learned in quantizer_steps(network).items():
                 start = self._calibrated[name]
                 learned.clamp_(start / STEP_RANGE, start * STEP_RANGE)
         if self._averaged is not None:
@@ -367,38 +366,5 @@ def _seed(*parts: object) -> int:
     return int(spec_hash(*parts)[:15], 16)
 
 
-def _fabric(precision: str):  # type: ignore[no-untyped-def]  # Fabric's generics say nothing here
-    from lightning_fabric import Fabric
-
-    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed" if precision == "bf16" else "32-true")
-        fabric.launch()
-    return fabric
-
-
-def _parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Weights (more than one dimension) decay; biases, normalization and quantizer steps do not."""
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    return [
-        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
-    ]
-
-
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
-def _quantizer_steps(network: nn.Module) -> dict[str, nn.Parameter]:
-    """Learned step sizes by name. SGD can carry one past zero, where no gradient brings it back and its channel is
-    dead.
-    """
-    steps = {}
-    for name, module in network.named_modules():
-        if isinstance(module, QuantizedLayer):
-            steps[f"{name}.weight_step"] = module.weight_step
-        elif isinstance(module, ActivationQuantizer):
-            steps[f"{name}.step"] = module.step
-    return {name: step for name, step in steps.items() if step.requires_grad}

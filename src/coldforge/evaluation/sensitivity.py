@@ -1,0 +1,191 @@
+"""What does it cost, layer by layer? Accuracies of a robust network after one layer alone was compressed.
+
+For each layer (with those tied to it): its channels pruned by L1 norm, or its weights and its input rounded to few
+bits, and nothing trained. Done on the validation part of the training images, because what is learned here decides
+recipes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from coldforge.attacks import ThreatModel, parse_attack
+from coldforge.compress import ActivationQuantizer, QuantizedLayer, prune, quantize, refit
+from coldforge.data import ImageSet
+from coldforge.errors import UsageError
+from coldforge.evaluate import WORST_CASE, Target, evaluate, paired_interval, summarize
+from coldforge.evaluation.request import NetworkRequest
+from coldforge.evaluation.subject import load_network_of
+from coldforge.measure import count_macs, count_params
+from coldforge.models import torch_threads
+from coldforge.progress import Progress, Step
+from coldforge.provenance import physical_cores
+from coldforge.recipe import PruneSpec, QuantizeSpec
+
+ATTACK = "pgd-10"
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """One layer, compressed in one way."""
+
+    layer: str
+    """Name of the layer; tied layers are pruned with it."""
+    how: str
+    """Such as "prune 50 %" or "4 bits"."""
+    params: float
+    """Part of the network's parameters that this saves (pruning)."""
+    macs: float
+    """Part of its multiply-adds that this saves (pruning)."""
+    clean_accuracy: float
+    robust_accuracy: float
+    robust_loss: float
+    """Points of robust accuracy, as a fraction, that it costs; on the same images."""
+    robust_loss_ci95: tuple[float, float]
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self)
+
+
+def sensitivity(
+    network: nn.Module,
+    data: ImageSet,
+    threat_model: ThreatModel,
+    *,
+    calibration: Tensor,
+    ratios: Sequence[float] = (0.25, 0.5),
+    bits: Sequence[int] = (4, 2),
+    seed: int = 0,
+    on_progress: Callable[[float, str], None] | None = None,
+) -> list[Sensitivity]:
+    """Compress one layer at a time and attack with PGD-10.
+
+    Args:
+        network: float, and robust, or there is nothing to lose.
+        data: validation images.
+        threat_model: ball and box.
+        calibration: training images ``(N, C, H, W)`` for the ranges of activations.
+        ratios: parts of the channels to remove.
+        bits: of the layer's weights and of its input; all others have 8.
+        seed: of the attack.
+        on_progress: called with the finished fraction and what was measured.
+
+    Returns:
+        One row for each layer and way, in the order of the network. The first, of the layer "(none)", is the network
+        itself.
+
+    Raises:
+        UsageError: the network is quantized already.
+    """
+    if any(isinstance(module, QuantizedLayer) for module in network.modules()):
+        raise UsageError(
+            "expected a float network, whose layers can be compressed one at a time, got a quantized one; take a dense "
+            "robust network, such as the model/ of a run with quantize.weight_bits = quantize.activation_bits = 32"
+        )
+    attacks = [parse_attack(ATTACK)]
+    shape = data.image_shape
+    macs, params = count_macs(network, shape), count_params(network)
+
+    def stands(model: nn.Module) -> tuple[float, Tensor]:
+        ledger = evaluate(Target(model), data, attacks, threat_model, seed=seed, precision="fp32", transfer=False)
+        return summarize(ledger, data.classes).clean_accuracy, ledger.survived(WORST_CASE)
+
+    ways = list(_ways(network, shape, calibration, ratios, bits))
+    clean, before = stands(network)
+    rows = [Sensitivity("(none)", "", 0.0, 0.0, clean, float(before.double().mean()), 0.0, (0.0, 0.0))]
+    for number, (layer, how, make) in enumerate(ways):
+        model = make()
+        clean, after = stands(model)
+        lost, won = int((before & ~after).sum()), int((after & ~before).sum())
+        pruned = how.startswith("prune")
+        rows.append(
+            Sensitivity(
+                layer,
+                how,
+                1 - count_params(model) / params if pruned else 0.0,
+                1 - count_macs(model, shape) / macs if pruned else 0.0,
+                clean,
+                float(after.double().mean()),
+                (lost - won) / len(before),
+                paired_interval(lost, won, len(before)),
+            )
+        )
+        if on_progress is not None:
+            on_progress((number + 1) / len(ways), f"{layer}: {how}")
+    return rows
+
+
+def scan(
+    path: Path, request: NetworkRequest, *, ratios: Sequence[float], bits: Sequence[int], progress: Progress
+) -> list[Sensitivity]:
+    """:func:`sensitivity` of what ``path`` names, on the first validation images.
+
+    Raises:
+        ColdforgeError: the message says what was expected, what was found and what to do.
+    """
+    for ratio in ratios:
+        if not 0 < ratio < 1:
+            raise UsageError(f"--ratio: expected a part of the channels between 0 and 1, got {ratio:g}")
+    for count in bits:
+        if not 1 <= count <= 8:
+            raise UsageError(f"--bits: expected 1 to 8, got {count}")
+    with torch_threads(request.threads or min(physical_cores(), 8)):
+        network, splits, threat_model = load_network_of(path, request)
+        progress.plan([Step("sensitivity", 0.0)])
+        progress.begin("sensitivity")
+        rows = sensitivity(
+            network,
+            splits.validation.take(slice(0, request.n or None)),
+            threat_model,
+            calibration=splits.train.pixels(slice(0, QuantizeSpec().calibration_n)),
+            ratios=ratios,
+            bits=bits,
+            seed=request.seed,
+            on_progress=progress.advance,
+        )
+        progress.end("sensitivity")
+    return rows
+
+
+def _ways(
+    network: nn.Module, shape: Sequence[int], calibration: Tensor, ratios: Sequence[float], bits: Sequence[int]
+) -> Iterator[tuple[str, str, Callable[[], nn.Module]]]:
+    """(layer, how, what makes the network)."""
+    fine = PruneSpec(ratio=0.5, round_to=1, min_width=1)
+    roots = [step[0] for step in prune(network, fine, image_shape=shape)[1].steps]
+    names = [name for name, _ in network.named_modules() if name in roots]
+    for layer in names:
+        for ratio in ratios:
+            spec = fine.model_copy(update={"ratio": ratio})
+            yield layer, f"prune {ratio:.0%}", partial(_narrower, network, shape, layer, spec)
+    eight = quantize(network, QuantizeSpec(), calibration)
+    for layer, module in eight.named_modules():
+        if isinstance(module, QuantizedLayer) and module.weight.requires_grad:
+            for count in bits:
+                yield layer, f"{count} bits", partial(_coarser, network, calibration, layer, count)
+
+
+def _narrower(network: nn.Module, shape: Sequence[int], layer: str, spec: PruneSpec) -> nn.Module:
+    return prune(network, spec, image_shape=shape, only=[layer])[0]
+
+
+def _coarser(network: nn.Module, calibration: Tensor, layer: str, bits: int) -> nn.Module:
+    rounded = quantize(network, QuantizeSpec(), calibration)
+    module = rounded.get_submodule(layer)
+    assert isinstance(module, QuantizedLayer)
+    module.bits = module.final_bits = bits
+    refit(module)
+    reads: ActivationQuantizer = module.input_quantizer
+    if not reads.reads_image:  # the image keeps its 8 bits, as in every recipe
+        low, high = -reads.zero * float(reads.step.detach()), (reads.qmax - reads.zero) * float(reads.step.detach())
+        reads.bits = reads.final_bits = bits
+        with torch.no_grad():
+            reads.set_range(low, high)
+    return rounded

@@ -1,0 +1,129 @@
+"""Specs of trainings."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from coldforge.spec import Number, Spec
+
+
+class TrainSpec(Spec):
+    """One training run: objective, inner attack, optimizer, schedule."""
+
+    objective: Literal["natural", "adversarial", "trades", "distill"] = "natural"
+    """natural: cross-entropy on clean images; adversarial: on adversarial ones (Madry et al. 2018); trades: clean
+    cross-entropy plus beta times the divergence of clean and adversarial answers (Zhang et al. 2019); distill: answers
+    of a teacher on adversarial images (RSLAD, Zi et al. 2021), in fine-tuning only."""
+    attack: str = "fgsm-rs"
+    """Inner attack: fgsm-rs, n-fgsm, fgsm-reuse, or pgd-K such as pgd-7. See `coldforge recipes --attacks`."""
+    beta: Number = Field(default=6.0, gt=0)
+    """Weight of the divergence in trades."""
+    epochs: int = Field(default=3, ge=1)
+    """Passes over the training images."""
+    batch_size: int = Field(default=128, ge=1)
+    """Images per optimizer step."""
+    lr: Number = Field(default=0.05, gt=0)
+    """Peak learning rate of SGD."""
+    momentum: Number = Field(default=0.9, ge=0, lt=1)
+    """Momentum of SGD."""
+    weight_decay: Number = Field(default=5e-4, ge=0)
+    """L2 penalty on weights (not on biases, BatchNorm or quantizer steps)."""
+    nesterov: bool = True
+    """Nesterov momentum."""
+    warmup: Number = Field(default=0.2, ge=0, lt=1)
+    """Part of training in which the learning rate rises from 0."""
+    schedule: Literal["cosine", "linear", "constant"] = "linear"
+    """How the learning rate falls to 0 after the warm-up."""
+    eps_ramp: Number = Field(default=0.3, ge=0, lt=1)
+    """Part of training in which eps of the inner attack rises from 0 to its full value."""
+    label_smoothing: Number = Field(default=0.0, ge=0, lt=1)
+    """Label smoothing of the outer loss."""
+    soft: Number = Field(default=1.0, ge=0, le=1)
+    """distill: part of the teacher's answer in the target; the rest is the label."""
+    temperature: Number = Field(default=1.0, gt=0)
+    """distill: the teacher's logits are divided by it."""
+    awp: Number = Field(default=0.0, ge=0)
+    """Adversarial weight perturbation (Wu et al. 2020): its size, relative to each layer's weights, such as 0.005; 0:
+    off. Takes one more forward and backward pass a step."""
+    ema: Number = Field(default=0.0, ge=0, lt=1)
+    """Decay of an average of the weights, such as 0.995; 0: off. The average is watched beside the weights, and what is
+    better on the validation part is kept."""
+    keep: Literal["last", "best"] = "last"
+    """Which epoch is kept: the last, or the one that is best on the validation part."""
+    bits_ramp: Number = Field(default=0.0, ge=0, lt=1)
+    """Part of training in which the bits of a quantized network fall from 8 to theirs; 0: theirs from the start."""
+    retries: int = Field(default=2, ge=0)
+    """How often a collapsed training is rolled back to its last good epoch: it goes on at a third of the learning rate,
+    or, if it overfitted its inner attack, with one more step of it."""
+
+    @model_validator(mode="after")
+    def _teachable(self) -> Self:
+        if self.objective == "distill" and "teacher" not in type(self).model_fields:
+            raise ValueError('objective: expected natural, adversarial or trades, got "distill", which needs a teacher')
+        return self
+
+
+class FinetuneSpec(TrainSpec):
+    """Fine-tuning of the compressed network; one run for each arm."""
+
+    objective: Literal["natural", "adversarial", "trades", "distill"] = "adversarial"
+    """Of the adversarial arm: adversarial, trades or distill; the natural arm is always natural."""
+    teacher: Literal["baseline", "reference"] = "baseline"
+    """Who teaches in distill: the dense baseline, or the dense adversarially trained reference (trained if need be)."""
+    attack: str = "pgd-2"
+    """Inner attack of the adversarial arm: fgsm-rs, n-fgsm, fgsm-reuse, or pgd-K such as pgd-7."""
+    float_epochs: int = Field(default=0, ge=0)
+    """So many of the epochs come first, in floating point and with BatchNorm, before the network is rounded."""
+    float_lr: Number = Field(default=0.0, ge=0)
+    """Peak learning rate of these; 0: lr."""
+    lr: Number = Field(default=0.03, gt=0)
+    """Peak learning rate of SGD."""
+    weight_decay: Number = Field(default=1e-4, ge=0)
+    """L2 penalty on weights (not on biases, BatchNorm or quantizer steps)."""
+    eps_ramp: Number = Field(default=0.15, ge=0, lt=1)
+    """Part of training in which eps of the inner attack rises from 0 to its full value."""
+    arms: tuple[Literal["none", "natural", "adversarial"], ...] = ("natural", "adversarial")
+    """Which fine-tunings to run from the same compressed network."""
+
+    @model_validator(mode="after")
+    def _arms_decide(self) -> Self:
+        if self.objective == "natural":
+            raise ValueError(
+                'finetune.objective is that of the adversarial arm; expected finetune.arms = ["natural"] instead'
+            )
+        if self.float_epochs >= self.epochs:
+            raise ValueError(
+                f"finetune.float_epochs: expected fewer than finetune.epochs = {self.epochs}, got {self.float_epochs}: "
+                "the network must be trained through its rounding, too"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _some_arm(self) -> Self:
+        if not self.arms or len(set(self.arms)) != len(self.arms):
+            raise ValueError(f"finetune.arms: expected distinct arms, at least one, got {list(self.arms)}")
+        return self
+
+
+class ReferenceSpec(TrainSpec):
+    """The dense adversarially trained network that the paper compares with."""
+
+    objective: Literal["natural", "adversarial"] = "adversarial"
+    """adversarial, unless a naturally trained reference is wanted."""
+    attack: str = "pgd-7"
+    """Inner attack of the reference."""
+    epochs: int = Field(default=15, ge=1)
+    """Passes over the training images."""
+    lr: Number = Field(default=0.05, gt=0)
+    """Peak learning rate of SGD."""
+    train: bool = False
+    """Train and evaluate the reference too (takes many times the fine-tuning)."""
+
+
+class ControlSpec(Spec):
+    """The control: the same small network, trained adversarially from scratch with the budget of the fine-tuning."""
+
+    train: bool = False
+    """Train and evaluate the control too."""

@@ -1,0 +1,44 @@
+"""What an optimizer is given: groups of parameters, quantizer steps, and the precision that Fabric sets up."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+from torch import nn
+
+from coldforge.compress import ActivationQuantizer, QuantizedLayer
+
+
+def make_fabric(precision: str):  # type: ignore[no-untyped-def]  # Fabric's generics say nothing here
+    """Fabric on one CPU, in ``"bf16"`` (autocast) or ``"fp32"``."""
+    from lightning_fabric import Fabric
+
+    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed" if precision == "bf16" else "32-true")
+        fabric.launch()
+    return fabric
+
+
+def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Weights (more than one dimension) decay; biases, normalization and quantizer steps do not."""
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def quantizer_steps(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Learned step sizes by name. SGD can carry one past zero, where no gradient brings it back and its channel is
+    dead.
+    """
+    steps = {}
+    for name, module in network.named_modules():
+        if isinstance(module, QuantizedLayer):
+            steps[f"{name}.weight_step"] = module.weight_step
+        elif isinstance(module, ActivationQuantizer):
+            steps[f"{name}.step"] = module.step
+    return {name: step for name, step in steps.items() if step.requires_grad}

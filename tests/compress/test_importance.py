@@ -1,0 +1,155 @@
+"""Which channels go: rankings by gradient and BatchNorm, global ratios, several steps, one layer alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from coldforge.compress import joined, prune, replay, taylor
+from coldforge.compress.importance import batchnorm_scale
+from coldforge.errors import ModelError
+from coldforge.models import normalized, resnet20
+from coldforge.recipe import PruneSpec
+
+Build = Callable[..., nn.Module]
+SHAPE = (3, 8, 8)
+
+
+def spec(ratio: float = 0.5, **keys: object) -> PruneSpec:
+    return PruneSpec.model_validate({"ratio": ratio, "round_to": 4, "min_width": 4} | keys)
+
+
+def batches(n: int = 3) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    return [
+        (torch.rand(16, *SHAPE, generator=generator), torch.randint(10, (16,), generator=generator)) for _ in range(n)
+    ]
+
+
+def test_taylor_is_the_squared_change_of_the_loss_to_first_order(build: Build) -> None:
+    """Against finite differences: scale one filter by 1 - h; the derivative by h at 0 is the sum of weight * gradient.
+
+    The bias is no part of the filter.
+    """
+    model = build("plain").double()
+    data = [(images.double(), labels) for images, labels in batches()]
+    scores = taylor(model, data)(model, "2")
+    h = 1e-5
+    for channel in (0, 7, 31):
+        total = 0.0
+        for images, labels in data:
+            losses = []
+            for factor in (1 - h, 1 + h):
+                with torch.no_grad():
+                    before = model[2].weight[channel].clone()
+                    model[2].weight[channel] *= factor
+                    losses.append(float(F.cross_entropy(model(images), labels)))
+                    model[2].weight[channel] = before
+            total += ((losses[1] - losses[0]) / (2 * h)) ** 2
+        assert float(scores[channel]) == pytest.approx(total, rel=1e-4, abs=1e-12)
+
+
+def test_taylor_keeps_what_the_images_need(build: Build) -> None:
+    """A filter whose output nobody reads has the score 0, however large it is."""
+    model = build("plain")
+    with torch.no_grad():
+        model[2].weight[3] *= 100
+        model[5].weight.view(24, 32, -1)[:, 3] = 0
+    scores = taylor(model, batches())(model, "2")
+    assert float(scores[3]) == 0
+    assert int((scores > 0).sum()) >= 20
+    _, plan = prune(model, spec(0.5), image_shape=SHAPE, importance=taylor(model, batches()))
+    assert 3 in next(removed for name, _, removed in plan.steps if name == "2")
+
+
+def test_batchnorm_scale_decides(build: Build) -> None:
+    model = build("residual")
+    with torch.no_grad():
+        for name in ("stem.1", "bn1", "bn2"):
+            norm = model.get_submodule(name)
+            norm.weight.copy_(torch.arange(1.0, len(norm.weight) + 1))
+    assert float(batchnorm_scale(model)(model, "conv1")[2]) == 3.0
+    _, plan = prune(model, spec(0.5, importance="batchnorm"), image_shape=SHAPE)
+    removed = {name: indices for name, _, indices in plan.steps}
+    for name in ("conv1", "stem.0", "conv2"):
+        if name in removed:
+            assert removed[name] == tuple(range(len(removed[name])))
+    with pytest.raises(ModelError, match=r'expected a network with BatchNorm .* take "l1"'):
+        prune(build("plain"), spec(0.5, importance="batchnorm"), image_shape=SHAPE)
+
+
+def test_names_that_need_images_are_refused_without(build: Build) -> None:
+    with pytest.raises(ModelError, match="needs images: pass importance=taylor"):
+        prune(build("plain"), spec(0.5, importance="taylor"), image_shape=SHAPE)
+
+
+# --- global
+
+
+def test_global_pruning_takes_from_where_it_matters_least(build: Build) -> None:
+    model = build("plain")
+
+    def first_layer_is_worthless(network: nn.Module, name: str) -> Tensor:
+        width = network.get_submodule(name).weight.shape[0]
+        scores = torch.ones(width)
+        scores[: width // 4 if name != "0" else width - 1] = 0.01
+        return scores
+
+    _, uniform = prune(model, spec(0.5), image_shape=SHAPE, importance=first_layer_is_worthless)
+    _, plan = prune(
+        model, spec(0.5, scope="global", floor=0.25), image_shape=SHAPE, importance=first_layer_is_worthless
+    )
+    shares = {name: after / before for name, (before, after) in plan.widths.items()}
+    assert shares["0"] == 0.25, "down to the floor"
+    assert all(after / before == 0.5 for before, after in uniform.widths.values())
+    assert len(set(shares.values())) > 1
+
+
+@given(
+    ratio=st.sampled_from([0.2, 0.5, 0.75]),
+    floor=st.sampled_from([0.1, 0.25, 0.5]),
+    round_to=st.sampled_from([1, 4, 8]),
+    seed=st.integers(0, 5),
+)
+def test_global_widths_keep_every_promise(build: Build, ratio: float, floor: float, round_to: int, seed: int) -> None:
+    wanted = spec(ratio, scope="global", floor=floor, round_to=round_to, min_width=round_to, importance="random")
+    for name in ("plain", "residual", "concatenation", "grouped"):
+        _, plan = prune(build(name), wanted, image_shape=SHAPE, seed=seed)
+        for before, after in plan.widths.values():
+            assert after % round_to == 0 or after == before
+            assert after >= min(before, floor * before - round_to / 2, before)
+            assert after >= min(before, round_to)
+        if floor <= 1 - ratio and round_to == 1 and name == "plain":
+            assert plan.achieved == pytest.approx(ratio, abs=0.05)
+
+
+# --- one layer, and several steps
+
+
+def test_only_the_named_layer_and_those_tied_to_it_shrink(build: Build) -> None:
+    _, plan = prune(build("residual"), spec(0.5), image_shape=SHAPE, only=["conv1"])
+    assert {name for name, (before, after) in plan.widths.items() if after < before} == {"conv1"}
+    _, plan = prune(build("residual"), spec(0.5), image_shape=SHAPE, only=["stem.0"])
+    assert {name for name, (before, after) in plan.widths.items() if after < before} == {"stem.0", "conv2"}
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_steps_end_where_one_would_and_replay(steps: int) -> None:
+    dense = normalized(resnet20(), (0.5,) * 3, (0.25,) * 3).eval()
+    each = PruneSpec(ratio=1 - 0.5 ** (1 / steps), round_to=1, min_width=1)
+    small, plan = prune(dense, each, image_shape=(3, 32, 32))
+    for _ in range(steps - 1):
+        small, more = prune(small, each, image_shape=(3, 32, 32))
+        plan = joined(plan, more, 0.5)
+    assert plan.requested == 0.5
+    assert plan.achieved == pytest.approx(0.5, abs=0.02)
+    again = replay(dense, plan, image_shape=(3, 32, 32))
+    first, second = small.state_dict(), again.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,0 +1,114 @@
+"""What each layer costs: the scan, and its command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from coldforge.attacks import ThreatModel
+from coldforge.cli import main
+from coldforge.compress import Structure, quantize, save_network
+from coldforge.data import from_arrays
+from coldforge.errors import UsageError
+from coldforge.evaluation.sensitivity import sensitivity
+from coldforge.models import cnn8, normalized
+from coldforge.recipe import QuantizeSpec, TrainSpec
+from coldforge.train import train
+
+BALL = ThreatModel("linf", 0.1)
+
+
+@pytest.fixture(scope="module")
+def task():
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.rand(3, 1, 8, 8, generator=generator).round() * 0.6 + 0.2
+    labels = torch.randint(3, (300,), generator=generator)
+    images = (patterns[labels] + 0.1 * torch.randn(300, 1, 8, 8, generator=generator)).clamp(0, 1)
+    data = from_arrays(images, labels, images[:60], labels[:60], validation=100)
+    torch.manual_seed(0)
+    network = normalized(
+        nn.Sequential(
+            nn.Conv2d(1, 12, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(12, 4, 3, stride=2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(36, 3),
+        ),
+        (0.5,),
+        (0.25,),
+    )
+    with torch.no_grad():  # the first layer's second half is never read: it costs nothing
+        network.network[2].weight[:, 6:] = 0
+        network.network[0].weight[6:] *= 1e-3
+    spec = TrainSpec(epochs=8, batch_size=16, lr=0.05, objective="adversarial", attack="pgd-3")
+    trained = train(network, data, spec, BALL).model
+    with torch.no_grad():
+        trained.network[2].weight[:, 6:] = 0
+        trained.network[0].weight[6:] *= 1e-3
+    return trained, data
+
+
+def test_the_scan_finds_what_costs_nothing(task):
+    network, data = task
+    said = []
+    rows = sensitivity(
+        network,
+        data.validation,
+        BALL,
+        calibration=data.train.pixels(),
+        ratios=(0.5, 0.75),
+        bits=(4, 1),
+        on_progress=lambda fraction, text: said.append((fraction, text)),
+    )
+    assert (rows[0].layer, rows[0].robust_loss) == ("(none)", 0.0)
+    assert rows[0].robust_accuracy > 0.7
+    found = {(row.layer, row.how): row for row in rows[1:]}
+    assert len(found) == len(rows) - 1 == 2 * 2 + 3 * 2
+    assert said[-1][0] == 1
+    assert len(said) == len(found)
+    free = found["network.0", "prune 50%"]
+    assert free.robust_loss == 0
+    assert free.robust_loss_ci95[0] < 0 < free.robust_loss_ci95[1]
+    assert free.params > 0.2
+    assert free.macs > 0.3
+    dear = found["network.2", "prune 75%"]
+    assert dear.robust_loss > 0.1
+    assert dear.robust_loss_ci95[0] > 0
+    assert dear.robust_accuracy == pytest.approx(rows[0].robust_accuracy - dear.robust_loss)
+    assert found["network.2", "1 bits"].robust_loss >= found["network.2", "4 bits"].robust_loss
+
+
+def test_a_quantized_network_is_refused(task):
+    network, data = task
+    rounded = quantize(network, QuantizeSpec(), data.train.pixels())
+    with pytest.raises(UsageError, match="expected a float network"):
+        sensitivity(rounded, data.validation, BALL, calibration=data.train.pixels())
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = normalized(cnn8(), (0.3,), (0.35,)).eval()
+    classes = tuple("abcdefghij")
+    structure = Structure(source="zoo:cnn8", image_shape=(1, 28, 28), classes=classes, mean=(0.3,), std=(0.35,))
+    save_network(tmp_path, network, structure)
+    words = ["sensitivity", str(tmp_path), "--data", "fashion-mnist-mini", "--eps", "0.1", "--n", "8", "--threads", "1"]
+    words += ["--ratio", "0.5", "--bits", "4", "--quiet"]
+    assert main([*words, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 1 + 7 + 8
+    assert rows[1]["layer"] == "network.conv1"
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "cost, points [95 %]" in out
+    assert "network.conv1" in out
+    assert main([*words, "--ratio", "1.5"]) == 2
+    assert "--ratio: expected a part of the channels between 0 and 1, got 1.5" in capsys.readouterr().err
+    assert main([*words, "--bits", "9"]) == 2
+    assert "--bits: expected 1 to 8, got 9" in capsys.readouterr().err
+    (tmp_path / "x.onnx").write_bytes(b"")
+    assert main(["sensitivity", str(tmp_path / "x.onnx"), "--data", "fashion-mnist-mini", "--eps", "0.1"]) == 2
+    assert "expected a network whose layers can be changed" in capsys.readouterr().err
