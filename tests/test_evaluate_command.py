@@ -116,8 +116,8 @@ def test_every_option_arrives_and_the_command_can_be_repeated(job: Callable[...,
     words = [
         "evaluate", "net.pt", "--data", "cifar10", "--eps", "8/255", "--norm", "l2", "--n", "0", "--seed", "3",
         "--model", "nets:make", "--mean", "0.5,0.4,0.3", "--std", "1", "--key-prefix", "module.", "--threads", "2",
-        "--attack", "fgsm,pgd-20", "--attack", "square", "--budget", "20min", "--surrogate", "other run", "--precision", "bf16",
-        "--no-masking", "--masking-n", "50",
+        "--attack", "fgsm,pgd-20", "--attack", "square", "--budget", "20min", "--surrogate", "other run",
+        "--precision", "bf16", "--no-masking", "--masking-n", "50",
     ]  # fmt: skip
     assert main([*words, "--out", "here", "--quiet"]) == 0
     (call,) = asked

@@ -84,7 +84,8 @@ def _row(shop: Shop, made: Arrow, row: str) -> StageRecord:
     network = made.networks[made.artifact if row == "artifact" else row]
     cost = shop.result(made.files[made.artifact if row == "artifact" else row])
     cost = {key: value for key, value in cost.items() if key != "sha256"}
-    trained = shop.result(network) if network.kind in ("baseline", "finetune", "control", "reference") else {}
+    network = made.networks["parent"] if row == "compressed" else network  # trained between steps of pruning, if at all
+    trained = shop.result(network) if network.kind != "quantize" else {}
     measured = shop.result(made.evidence["measure"])
     energy = measured["energy"].get(row, {})
     notes = list(trained.get("notes", []))

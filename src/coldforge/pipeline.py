@@ -41,11 +41,10 @@ def arrow(shop: Shop) -> Arrow:
     twin = compressed if recipe.deploy.arm == "none" else tuned[recipe.deploy.arm]
 
     networks = {"baseline": baseline, "parent": parent, "compressed": compressed}
+    networks |= {"reference": reference} if reference is not None else {}
     networks |= {f"tuned: {arm}": stage for arm, stage in tuned.items()}
     if recipe.control.train:
         networks["control"] = stages.control(shop, compressed)
-    if reference is not None:
-        networks["reference"] = reference
     files = {row: stages.export(shop, network, row) for row, network in networks.items()}
     artifact = next(row for row, network in networks.items() if network is twin)
 

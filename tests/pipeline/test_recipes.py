@@ -1,0 +1,66 @@
+"""The choices of a recipe, all the way from the baseline to the file."""
+
+import pytest
+import torch
+
+from coldforge.compress import load_network, read_structure
+from coldforge.errors import RecipeError
+from coldforge.models import model_source
+from coldforge.store import Store
+
+STRONG = {
+    "prune.importance": "taylor-adversarial", "prune.scope": "global", "prune.steps": 2, "prune.ratio": 0.4,
+    "prune.round_to": 4, "prune.min_width": 4, "finetune.objective": "distill", "finetune.soft": 0.5,
+    "finetune.epochs": 3, "finetune.float_epochs": 1, "finetune.float_lr": 0.02, "finetune.ema": 0.9,
+    "finetune.awp": 0.005, "finetune.keep": "best", "finetune.attack": "n-fgsm", "finetune.bits_ramp": 0.5,
+    "quantize.weight_bits": 1, "quantize.activation_bits": 4,
+}  # fmt: skip
+
+
+def test_everything_at_once_ends_in_a_file_that_agrees(recipe, forge_again, model, tmp_path):
+    made = forge_again(recipe(STRONG), Store(tmp_path / "store"), tmp_path / "out")
+    rows = {stage.label: stage for stage in made.record.stages}
+    tuned, compressed = rows["adversarially tuned"], rows["compressed, not tuned"]
+    artifact = made.record.stages[-1]
+    assert [point.epoch for point in tuned.curve] == [1, 2, 3]
+    assert tuned.curve[0].lr < 0.02
+    assert all(point.averaged_robust_accuracy >= 0 for point in tuned.curve)
+    assert any(note.startswith("kept epoch") for note in tuned.notes)
+    assert [point.epoch for point in compressed.curve] == [1], "trained between two steps of pruning"
+    assert compressed.train_macs > 0
+    assert (artifact.weight_bits, artifact.activation_bits) == (1, 4)
+    assert artifact.packed_bytes < compressed.size_bytes
+    assert artifact.agreement.clean == artifact.agreement.adversarial == 1.0
+    plan = read_structure(tmp_path / "out" / "model").pruning
+    assert plan.requested == 0.4
+    assert 0.2 < plan.achieved < 0.6
+    source = model_source(model, image_shape=(1, 12, 12), num_classes=3)
+    network, _ = load_network(tmp_path / "out" / "model", source)
+    assert set(network.network[2].weight_codes().unique().tolist()) == {-1, 1}
+    assert not [path for path in (tmp_path / "store").rglob("checkpoint*") if path.is_file()], "nothing is left behind"
+
+
+def test_a_robust_teacher_is_trained_if_need_be(recipe, forge_again, model, factory, tmp_path):
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    changes = {
+        "finetune.objective": "distill", "finetune.teacher": "reference", "model.source": factory,
+        "model.checkpoint": str(tmp_path / "weights.pt"), "model.mean": [0.0], "model.std": [1.0],
+    }  # fmt: skip
+    made = forge_again(recipe(changes), Store(tmp_path / "store"), tmp_path / "out", model=None)
+    assert [stage.name for stage in made.record.stages] == [
+        *("baseline", "compressed", "tuned", "tuned", "artifact", "reference"),
+    ]
+    natural, distilled = made.record.stages[2:4]
+    assert natural.curve[0].robust_accuracy == -1
+    assert distilled.curve[0].robust_accuracy >= 0
+
+
+def test_a_live_network_has_no_reference_to_learn_from(recipe, forge_again, tmp_path):
+    changes = {"finetune.objective": "distill", "finetune.teacher": "reference"}
+    with pytest.raises(RecipeError, match="fresh weights"):
+        forge_again(recipe(changes), Store(tmp_path / "store"), tmp_path / "out")
+
+
+def test_float_epochs_leave_some_for_the_rounding(recipe):
+    with pytest.raises(RecipeError, match=r"finetune\.float_epochs: expected fewer than finetune\.epochs = 2, got 2"):
+        recipe({"finetune.epochs": 2, "finetune.float_epochs": 2})
