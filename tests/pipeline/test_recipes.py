@@ -36,7 +36,7 @@ def test_everything_at_once_ends_in_a_file_that_agrees(recipe, forge_again, mode
     assert 0.2 < plan.achieved < 0.6
     source = model_source(model, image_shape=(1, 12, 12), num_classes=3)
     network, _ = load_network(tmp_path / "out" / "model", source)
-    assert set(network.network[2].weight_codes().unique().tolist()) == {-1, 1}
+    assert set(network.get_submodule("network.2").weight_codes().unique().tolist()) == {-1, 1}
     assert not [path for path in (tmp_path / "store").rglob("checkpoint*") if path.is_file()], "nothing is left behind"
 
 
