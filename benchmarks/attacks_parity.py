@@ -176,6 +176,18 @@ def verdicts(results: list[Result]) -> Iterator[dict[str, Any]]:
             }
 
 
+def merged(record: dict[str, Any], files: Iterable[Path]) -> dict[str, Any]:
+    """The record with the results of other files, which processes that ran at the same time have written."""
+    results = list(record["results"])
+    for file in files:
+        other = json.loads(file.read_text(encoding="utf-8"))
+        record = {**record, "provenance": other["provenance"]}
+        for new in other["results"]:
+            job = (new["network"], new["attack"], new["who"], new["seed"], new["n"])
+            results = [old for old in results if not is_same(old, *job)] + [new]
+    return {**record, "results": results, "verdicts": list(verdicts(with_ensembles(results)))}
+
+
 def place(result: Result) -> tuple[int, ...]:
     """Where a result stands in the table."""
     network, attack, who = [*NETWORKS].index(result["network"]), ATTACKS.index(result["attack"]), result["who"]
@@ -237,12 +249,16 @@ def main() -> None:
     parser.add_argument("--mixed", action="store_true", help="the others' networks in bf16 far from their boundary")
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--table", action="store_true", help="print the record as Markdown and run nothing")
+    parser.add_argument("--merge", type=Path, nargs="+", default=[], help="add the results of these files and stop")
     parser.add_argument("--out", type=Path, default=Path("results/attacks_parity.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     record = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"results": []}
     if arguments.table:
         print(table(record))
+        return
+    if arguments.merge:
+        write_atomic(arguments.out, json.dumps(merged(record, arguments.merge), indent=1) + "\n")
         return
     tasks: dict[str, Task] = {}
     for network, attack, who, seed in jobs(arguments):

@@ -118,6 +118,8 @@ COMMANDS = [
     "store verify",
     "store prune",
     "doctor",
+    "sweep",
+    "pick",
 ]
 
 

@@ -18,6 +18,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from coldforge._version import __version__
 from coldforge.cli_store import store_app
+from coldforge.cli_sweep import add_commands
 from coldforge.errors import ColdforgeError, Interrupted, RecipeError, UsageError
 from coldforge.evaluation.request import DEFAULTS, EXAMPLES, NETWORK_DEFAULTS, NetworkRequest, Request
 
@@ -41,6 +42,7 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 app.command(store_app)
+add_commands(app)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CycloptsError:  # said already
         return 2
     except (KeyboardInterrupt, Interrupted) as error:
-        ways = {"run": CONTINUE, "evaluate": CONTINUE_EVALUATION}
+        ways = {"run": CONTINUE, "sweep": CONTINUE, "evaluate": CONTINUE_EVALUATION}
         return _fail(str(error) or ways.get(next(iter(words), ""), "interrupted"), 130, debug)
     except ColdforgeError as error:
         return _fail(f"error: {error}", 2 if isinstance(error, (RecipeError, UsageError)) else 1, debug)

@@ -45,6 +45,8 @@ class Stage:
     """Multiply-adds it will take, roughly; for the estimate shown before work starts."""
     seconds: float = 0.0
     """Seconds it will take besides, roughly."""
+    inputs: tuple[str, ...] = ()
+    """Keys of the stages that it reads."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +97,8 @@ class Shop:
         """A stage with its key."""
         compute = [self.recipe.compute.threads, self.recipe.compute.precision, self.recipe.compute.device]
         upstream = [stage.key for stage in inputs] + ([self.data.fingerprint] if reads_data else [])
-        return Stage(kind, label, stage_key(kind, VERSION, [*spec, compute], upstream), build, macs, seconds)
+        reads = tuple(stage.key for stage in inputs)
+        return Stage(kind, label, stage_key(kind, VERSION, [*spec, compute], upstream), build, macs, seconds, reads)
 
     def has(self, stage: Stage) -> bool:
         """Whether the store holds it."""

@@ -1,0 +1,128 @@
+"""The commands ``coldforge sweep`` and ``coldforge pick``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import App, Parameter
+
+
+def add_commands(app: App) -> None:
+    """Add the commands to the command line."""
+    app.command(
+        sweep,
+        help_epilogue="Examples:\n\n"
+        "coldforge sweep my-sweep.toml --dry-run\n\n"
+        "coldforge sweep my-sweep.toml --executor process --workers 4\n\n"
+        "coldforge sweep my-sweep.toml --executor ray --address auto",
+    )
+    app.command(
+        pick,
+        help_epilogue="Examples:\n\n"
+        "coldforge pick sweep-my-sweep --min robust=0.70 --minimize latency\n\n"
+        "coldforge pick sweep-my-sweep --max bytes=100000 --maximize robust",
+    )
+
+
+def sweep(
+    file: Path,
+    /,
+    *,
+    executor: Literal["serial", "process", "ray"] = "process",
+    workers: int = 0,
+    address: str = "",
+    out: Path | None = None,
+    retry_failed: bool = False,
+    dry_run: bool = False,
+    json: bool = False,
+    quiet: Annotated[bool, Parameter(alias="-q")] = False,
+) -> int:
+    """Make every trial of a sweep; stages that trials share are made once.
+
+    Stop with Ctrl-C, or kill it, whenever you like: the same command continues. A trial that fails is kept with its
+    error and the rest goes on; the exit code is then 1.
+
+    Args:
+        file: a TOML file: a recipe, axes, seeds (docs/sweeps.md).
+        executor: who does the work: this process, processes of this machine, or a Ray cluster (coldforge[ray]).
+        workers: trials at a time; 0: the processors divided by the threads of a trial.
+        address: of a Ray cluster; without it a local one is started.
+        out: folder for the records and the table; default ./sweep-NAME.
+        retry_failed: try again what failed before.
+        dry_run: only show the trials, what is shared, what is there already and what the rest will take.
+        json: print as JSON.
+        quiet: no progress.
+    """
+    from coldforge.console import print_json
+    from coldforge.console_sweep import SweepListener, print_plan, print_sweep
+    from coldforge.store import Store
+    from coldforge.sweep import RecipeWorkshop, conduct, expand, load_sweep, make_executor, survey
+    from coldforge.sweep.plan import plan_of
+    from coldforge.sweep.table import load_results, write_tables
+
+    spec = load_sweep(file)
+    folder = out or Path(f"sweep-{spec.name}")
+    trials = expand(spec)
+    workshop = RecipeWorkshop(Store())
+    state = survey(spec, trials, workshop, folder)
+    if dry_run:
+        plan = plan_of(state, workshop.macs_per_second(trials[0]) if state.done != set(state.graph.tasks) else 1.0)
+        print_json(plan.to_dict()) if json else print_plan(plan)
+        return 0
+    hands = make_executor(executor, workshop, workers=workers, threads=spec.threads, address=address)
+    with SweepListener(slots=hands.slots, quiet=quiet) as listener:
+        conduct(state, workshop, hands, folder, retry_failed=retry_failed, listener=listener)
+    results = load_results(folder)
+    write_tables(results)
+    if json:
+        print_json({"rows": results.rows, "failed": state.lost})
+    else:
+        print_sweep(results, state)
+    return 1 if state.failures else 0
+
+
+def pick(
+    folder: Path,
+    /,
+    *,
+    min_: Annotated[tuple[str, ...], Parameter(name="--min", show_default=False)] = (),
+    max_: Annotated[tuple[str, ...], Parameter(name="--max", show_default=False)] = (),
+    minimize: str = "",
+    maximize: str = "",
+    json: bool = False,
+) -> None:
+    """Find the trial that answers a question best, and write its whole folder, with the file to ship.
+
+    Columns have the names of table.csv; short ones are robust (worst case), clean, latency (batch 1), bytes, packed,
+    params, macs and energy. Trials whose masking verdict is suspect are passed over.
+
+    Args:
+        folder: what `coldforge sweep` has written.
+        min_: at least, such as robust=0.70; may be repeated.
+        max_: at most, such as bytes=200000; may be repeated.
+        minimize: column that is to be small.
+        maximize: column that is to be large.
+        json: print the row as JSON.
+    """
+    from coldforge.console import print_json
+    from coldforge.report.folder import draw
+    from coldforge.store import Store
+    from coldforge.sweep import RecipeWorkshop
+    from coldforge.sweep.plan import trial_of
+    from coldforge.sweep.table import load_results
+    from coldforge.sweep.table import pick as pick_row
+
+    results = load_results(folder)
+    row = pick_row(results, least=min_, most=max_, minimize=minimize, maximize=maximize)
+    trial = trial_of(folder, row["trial"])
+    target = folder / "trials" / trial.id
+    RecipeWorkshop(Store()).write_folder(trial, target)
+    draw(target)
+    if json:
+        print_json({**row, "folder": str(target)})
+        return
+    sys.stdout.write(f"{target}\n  {trial.label}\n")
+    for name in ("robust:worst_case", "clean_accuracy", "size_bytes", "macs"):
+        sys.stdout.write(f"  {name} {row[name]:g}\n")

@@ -1,0 +1,152 @@
+"""A sweep in the terminal: the live table, the plan, the results."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from coldforge.console import LINE_EVERY_S, about, print_table
+from coldforge.report import text
+from coldforge.sweep import Listener, State, time_left
+from coldforge.sweep.graph import counts_by_kind
+from coldforge.sweep.plan import Plan
+from coldforge.sweep.table import Sweep, over_seeds
+
+
+class SweepListener(Listener):
+    """Shows a sweep on standard error: a live table on a terminal, a line now and then elsewhere.
+
+    Args:
+        slots: tasks at a time.
+        quiet: failures only.
+        console: where to; default: standard error.
+        clock: seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        *,
+        slots: int,
+        quiet: bool = False,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._slots, self._quiet, self._clock = slots, quiet, clock
+        self._console = console or Console(stderr=True)
+        self._live: Live | None = None
+        self._last = 0.0
+        self._failed: set[str] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def planned(self, state: State) -> None:
+        """Say what is to come."""
+        self._failed = set(state.failures)
+        if self._quiet:
+            return
+        words = f"{len(state.trials)} trials, {len(state.graph.tasks)} stages, {state.found} of them in the store"
+        self._console.print(words, highlight=False)
+        if self._console.is_terminal:
+            self._live = Live(self._table(state), console=self._console, refresh_per_second=4, transient=True)
+            self._live.start()
+
+    def changed(self, state: State) -> None:
+        """Show where the sweep stands."""
+        for key in [key for key in state.failures if key not in self._failed]:
+            self._failed.add(key)
+            failure = state.failures[key]
+            self._console.print(f"failed: {failure.label}: {failure.error}", style="red", markup=False)
+        if self._quiet:
+            return
+        if self._live is not None:
+            self._live.update(self._table(state))
+        elif self._clock() - self._last >= LINE_EVERY_S or not state.running:
+            self._last = self._clock()
+            self._console.print(_line(state, self._slots), highlight=False, markup=False)
+
+    def _table(self, state: State) -> Table:
+        table = Table("stage", "made", "failed", "now", box=box.SIMPLE_HEAD, title=_line(state, self._slots))
+        now = [state.graph.tasks[key] for key in state.running]
+        for kind, (total, done) in counts_by_kind(state.graph, state.done).items():
+            failed = sum(state.graph.tasks[key].kind == kind for key in state.failures)
+            running = ", ".join(task.label for task in now if task.kind == kind)
+            table.add_row(kind, f"{done} of {total}", str(failed or ""), running)
+        return table
+
+
+def _line(state: State, slots: int) -> str:
+    left = time_left(state, slots)
+    rest = f", {about(left)} left" if left else ""
+    failed = f", {len(state.lost)} failed" if state.failures else ""
+    return (
+        f"{len(state.finished)} of {len(state.trials)} trials, {len(state.done)} of {len(state.graph.tasks)} stages"
+        f"{failed}{rest}"
+    )
+
+
+def print_plan(plan: Plan) -> None:
+    """What a sweep would do."""
+    shown = list(plan.trials[:20])
+    more = len(plan.trials) - len(shown)
+    sys.stdout.write(f"{plan.name}: {len(plan.trials)} trials, {plan.finished} finished\n")
+    sys.stdout.write("".join(f"  {label}\n" for label in shown) + (f"  … and {more} more\n" if more else ""))
+    rows = [(kind, total, done) for kind, (total, done) in plan.kinds.items()]
+    print_table(("stage", "distinct", "in the store"), rows)
+    total = sum(count for count, _ in plan.kinds.values())
+    share = plan.macs / plan.macs_alone if plan.macs_alone else 1.0
+    sys.stdout.write(
+        f"{total} stages in place of {plan.stages_alone} without sharing; {text.big(plan.macs)} of "
+        f"{text.big(plan.macs_alone)} ({100 * share:.0f} %)\n"
+    )
+    for label, count in plan.shared:
+        sys.stdout.write(f"  shared by {count} trials: {label}\n")
+    for trial, why in plan.failed.items():
+        sys.stdout.write(f"failed before: {trial}: {why}\n")
+    sys.stdout.write(f"about {about(plan.seconds_left)} of one worker are left\n")
+
+
+def print_sweep(results: Sweep, state: State) -> None:
+    """The artifacts, means over seeds, and what failed."""
+    found = [mean for mean in over_seeds(results) if mean.stage.startswith("artifact")]
+    rows = [
+        (
+            *mean.point,
+            mean.n,
+            _with_spread(mean.mean, mean.spread, "clean_accuracy"),
+            _with_spread(mean.mean, mean.spread, "robust:worst_case"),
+            text.size(round(mean.mean["size_bytes"])),
+            text.big(mean.mean["macs"]),
+        )
+        for mean in found
+    ]
+    print_table((*results.axes, "seeds", "clean %", "robust % (worst case)", "file", "MACs"), rows)
+    for label, why in {trial.label: state.lost[trial.id] for trial in state.trials if trial.id in state.lost}.items():
+        sys.stdout.write(f"failed: {label}: {why}\n")
+    graph = state.graph
+    if graph.macs_alone:
+        share = graph.macs / graph.macs_alone
+        sys.stdout.write(
+            f"shared stages: {100 * share:.0f} % of the multiply-adds that independent trials would take\n"
+        )
+    sys.stdout.write(f"Written: {results.folder}/table.csv, table.parquet, records/\n")
+
+
+def _with_spread(mean: dict[str, float], spread: dict[str, float], name: str) -> str:
+    apart = spread.get(name, float("nan"))
+    return text.percent(mean.get(name)) + (f" ± {text.percent(apart)}" if apart == apart else "")

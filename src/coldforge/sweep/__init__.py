@@ -1,0 +1,27 @@
+"""Sweeps: many trials of one recipe, their common stages made once, on one machine or a cluster."""
+
+from coldforge.sweep.executors import Executor, Outcome, make_executor
+from coldforge.sweep.graph import Graph, Task, Workshop
+from coldforge.sweep.run import Failure, Listener, State, conduct, survey, time_left
+from coldforge.sweep.spec import SweepSpec, Trial, expand, load_sweep
+from coldforge.sweep.workshop import RecipeWorkshop
+
+__all__ = [
+    "Executor",
+    "Failure",
+    "Graph",
+    "Listener",
+    "Outcome",
+    "RecipeWorkshop",
+    "State",
+    "SweepSpec",
+    "Task",
+    "Trial",
+    "Workshop",
+    "conduct",
+    "expand",
+    "load_sweep",
+    "make_executor",
+    "survey",
+    "time_left",
+]

@@ -1,0 +1,76 @@
+"""What a sweep would take: what is shared, what is there, and estimates."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from coldforge.errors import UsageError
+from coldforge.sweep.graph import counts_by_kind
+from coldforge.sweep.run import SWEEP, State
+from coldforge.sweep.spec import SweepSpec, Trial, expand
+
+
+@dataclass(frozen=True)
+class Plan:
+    """For ``--dry-run``."""
+
+    name: str
+    trials: tuple[str, ...]
+    """Labels."""
+    finished: int
+    failed: dict[str, str]
+    """Trial to why it cannot be finished."""
+    kinds: dict[str, tuple[int, int]]
+    """Kind of stage to (how many, how many of them are in the store)."""
+    stages_alone: int
+    """Stages that the trials would need without sharing."""
+    macs: float
+    macs_alone: float
+    """Multiply-adds without sharing."""
+    seconds_left: float
+    """Of one worker, from the measured throughput."""
+    shared: tuple[tuple[str, int], ...]
+    """The stages that most trials share: label, number of trials."""
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self)
+
+
+def plan_of(state: State, macs_per_second: float) -> Plan:
+    """The plan of a surveyed sweep."""
+    graph = state.graph
+    uses: dict[str, int] = {}
+    for keys in graph.needed:
+        for key in keys:
+            uses[key] = uses.get(key, 0) + 1
+    most = sorted(uses, key=lambda key: -uses[key])[:8]  # stable: in the order of the arrow
+    left = [task for key, task in graph.tasks.items() if key not in state.done]
+    return Plan(
+        name=state.spec.name,
+        trials=tuple(trial.label for trial in state.trials),
+        finished=len(state.finished),
+        failed=state.lost,
+        kinds=counts_by_kind(graph, state.done),
+        stages_alone=sum(len(keys) for keys in graph.needed),
+        macs=graph.macs,
+        macs_alone=graph.macs_alone,
+        seconds_left=sum(task.macs / macs_per_second + task.seconds for task in left),
+        shared=tuple((graph.tasks[key].label, uses[key]) for key in most if uses[key] > 1),
+    )
+
+
+def trial_of(folder: Path, name: str) -> Trial:
+    """One trial of a sweep's folder, with its recipe.
+
+    Raises:
+        UsageError: the folder does not hold it (any more).
+    """
+    content = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
+    content.pop("trials")
+    for trial in expand(SweepSpec.model_validate(content)):
+        if trial.id == name:
+            return trial
+    raise UsageError(f"{folder}: expected the trial {name}, found none; the sweep's recipe file has changed")

@@ -1,0 +1,245 @@
+"""The conductor of a sweep: hands out stages whose inputs are there, keeps failures, writes records.
+
+Everything that it knows stands in the store and in the sweep's folder, so a sweep that was killed is continued by the
+same call: stages that are there are not made again, and a failed one is not tried again unless that is asked for.
+
+    <out>/sweep.json       the file as it was read, and every trial with its point
+    <out>/records/ID.json  one record a finished trial
+    <out>/failures.json    what failed, with its traceback
+    <out>/table.parquet    one row a stage, and table.csv
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from coldforge.errors import StoreError, UsageError
+from coldforge.store import write_atomic
+from coldforge.sweep.executors import Executor, Outcome
+from coldforge.sweep.graph import EXCLUSIVE, Graph, Workshop
+from coldforge.sweep.spec import SweepSpec, Trial
+
+SWEEP, RECORDS, FAILURES = "sweep.json", "records", "failures.json"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A stage that could not be made."""
+
+    label: str
+    error: str
+    details: str
+
+
+@dataclass
+class State:
+    """Where a sweep stands."""
+
+    spec: SweepSpec
+    trials: Sequence[Trial]
+    graph: Graph
+    done: set[str] = field(default_factory=set)
+    """Stages that are there."""
+    found: int = 0
+    """How many of them were there before."""
+    failures: dict[str, Failure] = field(default_factory=dict)
+    running: dict[str, float] = field(default_factory=dict)
+    """Stage to when it was handed out."""
+    finished: set[str] = field(default_factory=set)
+    """Trials whose record is written."""
+    spent: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Kind of stage to (seconds, multiply-adds or estimated seconds) of those made in this call."""
+
+    @property
+    def lost(self) -> dict[str, str]:
+        """Trials that cannot be finished, to why."""
+        blame = self.graph.blocked_by(self.failures)
+        found = {}
+        for trial, keys in zip(self.trials, self.graph.needed, strict=True):
+            guilty = next((blame[key] for key in keys if key in blame), None)
+            if guilty is not None:
+                found[trial.id] = f"{self.failures[guilty].label}: {self.failures[guilty].error}"
+        return found
+
+
+class Listener:
+    """Is told how a sweep goes; does nothing."""
+
+    def planned(self, state: State) -> None:
+        """Once, before any work."""
+
+    def changed(self, state: State) -> None:
+        """A stage was begun, made or failed, or a trial finished."""
+
+
+def survey(spec: SweepSpec, trials: Sequence[Trial], workshop: Workshop, out: Path | None = None) -> State:
+    """What must be done, what is there, and what failed before; nothing is computed."""
+    graph = Graph.of(trials, workshop)
+    done = {key for key, task in graph.tasks.items() if workshop.has(task)}
+    state = State(spec, trials, graph, done=done, found=len(done))
+    if out is not None:
+        state.failures = {key: f for key, f in load_failures(out).items() if key in graph.tasks and key not in done}
+        state.finished = {trial.id for trial in trials if (out / RECORDS / f"{trial.id}.json").is_file()}
+    return state
+
+
+def conduct(
+    state: State, workshop: Workshop, executor: Executor, out: Path, *, retry_failed: bool = False, listener: Listener
+) -> State:
+    """Make all that is missing, and write records as trials are finished.
+
+    Args:
+        state: from :func:`survey`.
+        workshop: writes the records; may be the one that the executor has.
+        executor: makes the stages.
+        out: folder of the sweep.
+        retry_failed: try again what failed before.
+        listener: told of every step.
+
+    Returns:
+        The state at the end. Failures are in it, and no exception.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    if retry_failed:
+        state.failures.clear()
+    _prepare(state, out)
+    _Conductor(state, workshop, executor, out, listener).run()
+    return state
+
+
+class _Conductor:
+    def __init__(self, state: State, workshop: Workshop, executor: Executor, out: Path, listener: Listener) -> None:
+        self._state, self._workshop, self._executor = state, workshop, executor
+        self._out, self._listener = out, listener
+        graph = state.graph
+        blocked = graph.blocked_by(state.failures)
+        wanted = [key for key in graph.tasks if key not in state.done and key not in blocked]
+        self._missing = {key: sum(read not in state.done for read in graph.tasks[key].inputs) for key in wanted}
+        self._left = [sum(key not in state.done for key in keys) for keys in graph.needed]
+        self._owners: dict[str, list[int]] = {}
+        for number, keys in enumerate(graph.needed):
+            for key in keys:
+                if key not in state.done:
+                    self._owners.setdefault(key, []).append(number)
+        # the newest first: what a finished stage made possible comes before other trials, so that trials end early
+        self._ready: deque[str] = deque(reversed([key for key in wanted if not self._missing[key]]))
+        self._alone: deque[str] = deque()
+
+    def run(self) -> None:
+        self._listener.planned(self._state)
+        for number, left in enumerate(self._left):
+            if not left:
+                self._finish(number)
+        try:
+            while self._hand_out():
+                for outcome in self._executor.wait():
+                    self._take(outcome)
+                self._listener.changed(self._state)
+        except BaseException:
+            self._executor.close()
+            raise
+        self._executor.close()
+
+    def _hand_out(self) -> bool:
+        """Keep all workers busy; False where nothing is under way or can be begun."""
+        state = self._state
+        while len(state.running) < self._executor.slots and self._ready:
+            key = self._ready.pop()
+            if state.graph.tasks[key].kind in EXCLUSIVE:
+                self._alone.append(key)
+            else:
+                self._begin(key)
+        if not state.running and self._alone:
+            self._begin(self._alone.popleft())
+        return bool(state.running)
+
+    def _begin(self, key: str) -> None:
+        state = self._state
+        state.running[key] = time.monotonic()
+        self._executor.submit(state.trials[state.graph.trial_of[key]], key)
+
+    def _take(self, outcome: Outcome) -> None:
+        state, key = self._state, outcome.key
+        task = state.graph.tasks[key]
+        del state.running[key]
+        if outcome.error:
+            state.failures[key] = Failure(task.label, outcome.error, outcome.details)
+            _write_failures(self._out, state.failures)
+            return
+        state.done.add(key)
+        seconds, work = state.spent.get(task.kind, (0.0, 0.0))
+        state.spent[task.kind] = seconds + outcome.seconds, work + (task.macs or task.seconds or 1.0)
+        for reader in state.graph.readers.get(key, ()):
+            if reader in self._missing:
+                self._missing[reader] -= 1
+                if not self._missing[reader]:
+                    self._ready.append(reader)
+        for number in self._owners.pop(key, ()):
+            self._left[number] -= 1
+            if not self._left[number]:
+                self._finish(number)
+
+    def _finish(self, number: int) -> None:
+        trial = self._state.trials[number]
+        path = self._out / RECORDS / f"{trial.id}.json"
+        if trial.id not in self._state.finished or not path.is_file():
+            write_atomic(path, self._workshop.finish(trial))
+            self._state.finished.add(trial.id)
+
+
+def time_left(state: State, slots: int) -> float | None:
+    """Seconds that the rest will take, from the speed of what was made; None before anything was."""
+    if not state.spent:
+        return None
+    total = 0.0
+    made_seconds = sum(seconds for seconds, _ in state.spent.values())
+    made = sum(work for _, work in state.spent.values())
+    for key, task in state.graph.tasks.items():
+        if key in state.done or key in state.failures:
+            continue
+        seconds, work = state.spent.get(task.kind, (made_seconds, made))
+        total += seconds / work * (task.macs or task.seconds or 1.0)
+    return total / slots
+
+
+# --- the folder ------------------------------------------------------------------------------------------------------
+
+
+def _prepare(state: State, out: Path) -> None:
+    try:
+        (out / RECORDS).mkdir(parents=True, exist_ok=True)
+        before = out / SWEEP
+        if before.is_file() and json.loads(before.read_text(encoding="utf-8")).get("name") != state.spec.name:
+            raise UsageError(f"--out: {out} holds another sweep; name another folder")
+        trials = [
+            {"id": trial.id, "label": trial.label, "point": dict(trial.point), "seed": trial.seed}
+            for trial in state.trials
+        ]
+        content = {**state.spec.model_dump(mode="json"), "trials": trials}
+        write_atomic(before, json.dumps(content, indent=1, default=str) + "\n")
+        _write_failures(out, state.failures)
+    except OSError as error:
+        raise StoreError(f"cannot write the sweep into {out}: {error.strerror or error}") from error
+
+
+def load_failures(out: Path) -> dict[str, Failure]:
+    """What failed in a sweep's folder, by key; none where there is no such file."""
+    path = out / FAILURES
+    if not path.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return {key: Failure(**values) for key, values in found.items()}
+
+
+def _write_failures(out: Path, failures: dict[str, Failure]) -> None:
+    if failures or (out / FAILURES).exists():
+        content = {key: asdict(failure) for key, failure in failures.items()}
+        write_atomic(out / FAILURES, json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,109 @@
+"""The stages of real trials: what :mod:`coldforge.pipeline` makes of a recipe, with data and networks shared."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from coldforge import assemble
+from coldforge.data import DataSplits, load_data
+from coldforge.models import ModelSource, check_classifier, model_source, torch_threads
+from coldforge.pipeline import arrow, resolve
+from coldforge.progress import Progress
+from coldforge.records import Record
+from coldforge.spec import spec_hash
+from coldforge.stages import Arrow, Shop, Stage
+from coldforge.store import Store
+from coldforge.sweep.graph import Task
+from coldforge.sweep.spec import Trial
+
+_KEPT = 4
+"""Trials whose networks stay in memory: the stages of one trial follow each other."""
+
+
+class RecipeWorkshop:
+    """Declares and makes the stages of a recipe. Data sets are loaded, and architectures checked, once a process.
+
+    Args:
+        store: where stages are kept; shared by all workers.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._data: dict[str, DataSplits] = {}
+        self._sources: dict[str, tuple[ModelSource, dict[str, int]]] = {}
+        self._shops: OrderedDict[str, tuple[Shop, Arrow]] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type[RecipeWorkshop], tuple[Store]]:
+        return RecipeWorkshop, (self._store,)
+
+    def tasks(self, trial: Trial) -> Sequence[Task]:
+        """The stages of a trial, in an order in which they can be made."""
+        _, made = self._declared(trial)
+        return [Task(s.key, s.kind, s.label, s.inputs, s.macs, s.seconds) for s in made]
+
+    def has(self, task: Task) -> bool:
+        """Whether the store holds it."""
+        return self._store.has(task.kind, task.key)
+
+    def make(self, trial: Trial, key: str) -> None:
+        """Make one stage of a trial."""
+        shop, made = self._declared(trial)
+        stage: Stage = next(stage for stage in made if stage.key == key)
+        with torch_threads(shop.recipe.compute.threads):
+            shop.make(stage)
+
+    def finish(self, trial: Trial) -> str:
+        """The record of a trial whose stages are all in the store."""
+        return self.record(trial).to_json()
+
+    def record(self, trial: Trial) -> Record:
+        """The same as an object."""
+        shop, made = self._declared(trial)
+        return assemble.record(shop, made, f"coldforge sweep, trial {trial.id}")
+
+    def write_folder(self, trial: Trial, out: Path) -> Record:
+        """What `coldforge run` would have left of this trial; stages that were pruned from the store are made again."""
+        shop, made = self._declared(trial)
+        assemble.check_writable(out)
+        with torch_threads(shop.recipe.compute.threads):
+            for stage in made:
+                shop.make(stage)
+        found = self.record(trial)
+        assemble.write_folder(shop, made, found, out)
+        return found
+
+    def register(self, trial: Trial, record: Path) -> None:
+        """Tell the store that a record stands on the trial's stages."""
+        _, made = self._declared(trial)
+        self._store.register(record, [stage.key for stage in made])
+
+    def macs_per_second(self, trial: Trial) -> float:
+        """Measured throughput of training here, with the threads of the trial."""
+        shop, _ = self._declared(trial)
+        with torch_threads(shop.recipe.compute.threads):
+            return assemble.macs_per_second(shop)
+
+    def _declared(self, trial: Trial) -> tuple[Shop, Arrow]:
+        if trial.id in self._shops:
+            self._shops.move_to_end(trial.id)
+            return self._shops[trial.id]
+        recipe = resolve(trial.recipe)
+        data_key = spec_hash(recipe.data)
+        if data_key not in self._data:
+            self._data[data_key] = load_data(recipe.data, cache=self._store.root / "data")
+        data = self._data[data_key]
+        model_key = spec_hash([recipe.model.source, data.fingerprint])
+        if model_key not in self._sources:
+            source = model_source(recipe.model.source, image_shape=data.image_shape, num_classes=len(data.classes))
+            check_classifier(source.build(0), data.image_shape, len(data.classes))
+            self._sources[model_key] = source, {}
+        source, macs = self._sources[model_key]
+        shop = replace(Shop(recipe, data, source, self._store, Progress()), _macs=macs)
+        made = arrow(shop)
+        self._shops[trial.id] = shop, made
+        while len(self._shops) > _KEPT:
+            self._shops.popitem(last=False)
+        return shop, made

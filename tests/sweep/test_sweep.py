@@ -1,0 +1,375 @@
+"""Sweeps of toy stages: what is shared, who does it, what fails, what survives a kill."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from toy import ToyWorkshop
+
+from coldforge.errors import RecipeError, UsageError
+from coldforge.records import Record, load_record
+from coldforge.sweep import Listener, SweepSpec, conduct, expand, load_sweep, make_executor, survey, time_left
+from coldforge.sweep.executors import MOST_LOSSES
+from coldforge.sweep.plan import plan_of, trial_of
+from coldforge.sweep.table import load_results, over_seeds, pick, write_tables
+
+RAY = pytest.param(
+    "ray", marks=pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+)
+EXECUTORS = ["serial", "process", RAY]
+AXES = {"prune.ratio": [0.1, 0.3, 0.5], "quantize.weight_bits": [8, 4]}
+SWEEP = {"name": "toy", "recipe": {"name": "r"}, "seeds": [0, 1], "axes": AXES}
+TRIALS = 3 * 2 * 2
+
+
+@pytest.fixture(scope="session")
+def record() -> Record:
+    return load_record(Path(__file__).parents[2] / "results" / "fashion-mnist")
+
+
+def spec(**changes: object) -> SweepSpec:
+    return SweepSpec.model_validate({**SWEEP, **changes})
+
+
+def run(
+    folder, record, executor="serial", *, trouble=None, workers=2, seconds=0.0, listener=None, given=None, **options
+):
+    workshop = ToyWorkshop(folder / "store", record, trouble=trouble, seconds=seconds)
+    chosen = given or spec()
+    state = survey(chosen, expand(chosen), workshop, folder / "out")
+    hands = make_executor(executor, workshop, workers=workers, threads=1)
+    return conduct(state, workshop, hands, folder / "out", listener=listener or Listener(), **options)
+
+
+def made(folder: Path) -> Counter[str]:
+    lines = (folder / "log").read_text(encoding="utf-8").splitlines()
+    return Counter(line.split()[-1] for line in lines if line.split()[2] == "made")
+
+
+def records(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text(encoding="utf-8") for path in (folder / "out" / "records").iterdir()}
+
+
+def write_sweep(folder: Path, record: Record) -> SweepSpec:
+    """Files for ``toy.py``; and what the sweep file says."""
+    (folder / "sweep.toml").write_text(
+        'name = "toy"\nseeds = [0, 1]\n[axes]\n"prune.ratio" = [0.1, 0.3, 0.5]\n"quantize.weight_bits" = [8, 4]\n',
+        encoding="utf-8",
+    )
+    (folder / "record.json").write_text(record.to_json(), encoding="utf-8")
+    return load_sweep(folder / "sweep.toml")
+
+
+# --- trials
+
+
+def test_every_combination_once_for_every_seed():
+    trials = expand(spec())
+    assert len(trials) == len({trial.id for trial in trials}) == TRIALS
+    assert trials[0].label == "prune.ratio=0.1 quantize.weight_bits=8 seed=0"
+    assert {(t.recipe.prune.ratio, t.recipe.quantize.weight_bits, t.recipe.seed) for t in trials} == {
+        (ratio, bits, seed) for ratio in (0.1, 0.3, 0.5) for bits in (8, 4) for seed in (0, 1)
+    }
+    assert all(trial.recipe.compute.threads == 1 for trial in trials)
+
+
+def test_ranges_tables_of_keys_grids_and_exclusions():
+    bits = [
+        {"label": "low", "quantize.weight_bits": 2, "quantize.activation_bits": 4},
+        {"quantize.weight_bits": 8, "quantize.activation_bits": 8},
+    ]
+    grids = [
+        {"axes": {"prune.ratio": {"from": 0.1, "to": 0.9, "step": 0.1}}},
+        {"axes": {"bits": bits, "prune.ratio": [0.5]}},
+    ]
+    rules = [{"prune.ratio": [0.7, 0.8]}, {"bits": "low", "seed": 1}]
+    trials = expand(spec(axes={}, grid=grids, exclude=rules, set={"finetune.epochs": 7}))
+    ratios = [trial.recipe.prune.ratio for trial in trials if "bits" not in trial.point and trial.seed == 0]
+    assert ratios == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.9]
+    low = [trial for trial in trials if trial.point.get("bits") == "low"]
+    assert [(t.seed, t.recipe.quantize.weight_bits, t.recipe.quantize.activation_bits) for t in low] == [(0, 2, 4)]
+    assert all(trial.recipe.finetune.epochs == 7 for trial in trials)
+    assert len(trials) == 7 * 2 + 1, "8/8 bits at 0.5 is in the first grid already"
+
+
+def test_names_decide_nothing():
+    first, second = (expand(spec(name=name)) for name in ("a", "b"))
+    assert [trial.id for trial in first] == [trial.id for trial in second]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"axes": {"prune.ration": [0.1]}}, "unknown key 'prune.ration'; did you mean 'ratio'"),
+        ({"axes": {"prune.ratio": [1.5]}}, r"prune\.ratio: expected a part of the channels"),
+        ({"exclude": [{"seed": [0, 1]}]}, "every combination is excluded"),
+    ],
+)
+def test_trials_that_cannot_be(changes, message):
+    with pytest.raises(RecipeError, match=message):
+        expand(spec(**changes))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nonsense", "is not valid TOML"),
+        ('color = "red"', "color: Extra inputs"),
+        ('axes."prune.ratio" = 0.5', "expected a list of values, or { from, to, step }, got 0.5"),
+        ('axes."prune.ratio" = { from = 0.1 }', "expected a list of values"),
+        ('axes."prune.ratio" = { from = 0.5, to = 0.1, step = 0.1 }', "expected a step above 0 and to >= from"),
+        ("seeds = []", "seeds: .*at least 1 item"),
+    ],
+)
+def test_files_that_cannot_be_read(text, message, tmp_path):
+    (tmp_path / "x.toml").write_text(text, encoding="utf-8")
+    with pytest.raises((RecipeError, ValueError), match=message):
+        expand(load_sweep(tmp_path / "x.toml"))
+    with pytest.raises(RecipeError, match="found nothing at"):
+        load_sweep(tmp_path / "y.toml")
+
+
+def test_the_recipe_is_found_beside_the_file(tmp_path):
+    (tmp_path / "mine.toml").write_text("[finetune]\nepochs = 9\n", encoding="utf-8")
+    (tmp_path / "x.toml").write_text('recipe = "mine.toml"\n', encoding="utf-8")
+    loaded = load_sweep(tmp_path / "x.toml")
+    assert loaded.name == "x"
+    assert [trial.recipe.finetune.epochs for trial in expand(loaded)] == [9]
+
+
+# --- sharing
+
+
+def test_shared_stages_are_made_once_and_counted(tmp_path, record):
+    workshop = ToyWorkshop(tmp_path / "store", record)
+    state = survey(spec(), expand(spec()), workshop)
+    plan = plan_of(state, macs_per_second=10.0)
+    assert plan.kinds == {"base": (2, 0), "middle": (6, 0), "leaf": (12, 0), "measure": (12, 0)}
+    assert plan.stages_alone == 4 * TRIALS
+    assert plan.macs == 2 * 100 + 6 * 10 + 12
+    assert plan.macs_alone == TRIALS * 111
+    assert plan.seconds_left == pytest.approx(27.2 + 1.2)
+    assert plan.shared[0] == ("base 0", 6)
+    run(tmp_path, record)
+    assert set(made(tmp_path).values()) == {1}
+    assert sum(made(tmp_path).values()) == 2 + 6 + 12 + 12
+    again = survey(spec(), expand(spec()), workshop, tmp_path / "out")
+    assert len(again.finished) == TRIALS
+    assert plan_of(again, 1.0).seconds_left == 0
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_all_executors_give_the_same_records(executor, tmp_path, record):
+    expected = run(tmp_path / "reference", record)
+    state = run(tmp_path / "other", record, executor)
+    assert (len(state.finished), state.failures) == (TRIALS, {})
+    assert records(tmp_path / "other") == records(tmp_path / "reference")
+    assert set(made(tmp_path / "other").values()) == {1}
+    assert expected.done == state.done
+
+
+def test_what_is_timed_runs_alone(tmp_path, record):
+    run(tmp_path, record, "process", workers=3, seconds=0.03)
+    events = [line.split(maxsplit=3) for line in (tmp_path / "log").read_text(encoding="utf-8").splitlines()]
+    running: set[str] = set()
+    together = 0
+    for _, pid, what, label in sorted(events, key=lambda event: float(event[0])):
+        if what == "begin":
+            assert not (label.startswith("measure") and running)
+            running.add(pid)
+            together = max(together, len(running))
+        else:
+            running.discard(pid)
+    assert together > 1
+
+
+def test_two_sweeps_on_one_store_share_the_work(tmp_path, record):
+    write_sweep(tmp_path, record)
+    command = [sys.executable, str(Path(__file__).with_name("toy.py")), str(tmp_path / "sweep.toml")]
+    command += [str(tmp_path / "record.json"), "process", str(tmp_path)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
+    for one in both:
+        assert json.loads(one.communicate(timeout=120)[0]) == {"finished": TRIALS, "failures": 0}
+    built = [path for path in (tmp_path / "store" / "stages").glob("*/*") if path.is_dir()]
+    assert len(built) == 2 + 6 + 12 + 12
+
+
+# --- what goes wrong
+
+
+@pytest.mark.parametrize("executor", ["serial", "process"])
+def test_a_failure_is_kept_and_the_rest_goes_on(executor, tmp_path, record):
+    trouble = {"middle 0.3": "error"}
+    state = run(tmp_path, record, executor, trouble=trouble)
+    assert len(state.finished) == 8
+    assert [failure.error for failure in state.failures.values()] == ["ValueError: this cannot be made"] * 2
+    assert set(state.lost) == {trial.id for trial in state.trials if trial.recipe.prune.ratio == 0.3}
+    assert set(state.lost.values()) == {"middle 0.3: ValueError: this cannot be made"}
+    failures = json.loads((tmp_path / "out" / "failures.json").read_text(encoding="utf-8"))
+    assert all("this cannot be made" in failure["details"] for failure in failures.values())
+    before = made(tmp_path)
+    again = run(tmp_path, record, executor)  # the cause is gone, but nobody asked for it
+    assert (len(again.finished), made(tmp_path)) == (8, before)
+    healed = run(tmp_path, record, executor, retry_failed=True)
+    assert (len(healed.finished), healed.failures) == (TRIALS, {})
+    assert json.loads((tmp_path / "out" / "failures.json").read_text(encoding="utf-8")) == {}
+
+
+@pytest.mark.parametrize(("deaths", "fine"), [(MOST_LOSSES - 1, True), (MOST_LOSSES, False)])
+def test_a_worker_that_dies_is_replaced(deaths, fine, tmp_path, record):
+    state = run(tmp_path, record, "process", trouble={"base 0": deaths})
+    if fine:
+        assert (len(state.finished), state.failures) == (TRIALS, {})
+    else:
+        (failure,) = state.failures.values()
+        assert failure.error.startswith("the worker died 3 times (exit code -9)")
+        assert len(state.finished) == TRIALS / 2
+
+
+def test_ctrl_c_stops_at_once_and_the_next_call_continues(tmp_path, record):
+    class Impatient(Listener):
+        def changed(self, state):
+            if len(state.done) > 10:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, record, "process", listener=Impatient(), seconds=0.01)
+    state = run(tmp_path, record, "process")
+    assert len(state.finished) == TRIALS
+    assert state.found > 10
+    assert set(made(tmp_path).values()) == {1}
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_ten_kills_change_nothing(executor, tmp_path, record):
+    """Killed at random moments, with workers that live a little longer; the table is that of an undisturbed run."""
+    written = write_sweep(tmp_path, record)
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    command = [sys.executable, str(Path(__file__).with_name("toy.py")), str(tmp_path / "sweep.toml")]
+    command += [str(tmp_path / "record.json"), executor, str(folder)]
+    draw, killed = random.Random(executor), 0
+    while killed < 10:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        begun = (folder / "log").stat().st_size if (folder / "log").exists() else 0
+        until = time.monotonic() + 30
+        while time.monotonic() < until and process.poll() is None:  # not before it works
+            if (folder / "log").exists() and (folder / "log").stat().st_size > begun:
+                break
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.12))
+        if process.poll() is not None:  # it was done: begin anew
+            shutil.rmtree(folder / "store")
+            shutil.rmtree(folder / "out")
+            (folder / "log").unlink()
+            continue
+        process.kill()
+        process.wait()
+        killed += 1
+    found = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    assert json.loads(found.stdout.splitlines()[-1]) == {"finished": TRIALS, "failures": 0}
+    run(tmp_path / "reference", record, given=written)
+    assert records(folder) == records(tmp_path / "reference")
+    for name, count in made(folder).items():
+        assert count == 1, f"{name} was made again"
+    tables = [write_tables(load_results(place / "out"))[1].read_text() for place in (folder, tmp_path / "reference")]
+    assert tables[0] == tables[1]
+
+
+# --- results
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, record):
+    folder = tmp_path_factory.mktemp("results")
+    run(folder, record)
+    return load_results(folder / "out")
+
+
+def test_the_table_has_a_row_a_stage_and_reads_back(results):
+    import pyarrow.parquet as pq
+
+    parquet, text = write_tables(results)
+    table = pq.read_table(parquet)
+    assert table.num_rows == len(results.rows) == TRIALS == len(text.read_text(encoding="utf-8").splitlines()) - 1
+    row = table.to_pylist()[0]
+    assert row["prune.ratio"] == "0.1"
+    for name in ("trial", "seed", "name", "clean_accuracy", "robust:worst_case", "size_bytes", "latency:onnxruntime:1"):
+        assert row[name] is not None, name
+
+
+def test_means_over_seeds(results):
+    means = over_seeds(results)
+    assert len(means) == 6
+    for mean in means:
+        rows = [row["params"] for row in results.rows if tuple(row[axis] for axis in results.axes) == mean.point]
+        assert mean.n == len(rows) == 2
+        assert mean.mean["params"] == sum(rows) / 2
+        assert mean.spread["params"] == pytest.approx(abs(rows[0] - rows[1]) / 2**0.5)
+
+
+def test_the_best_trial_for_a_question(results):
+    best = pick(results, least=["clean=0.2"], minimize="params")
+    allowed = [row for row in results.rows if row["clean_accuracy"] >= 0.2]
+    assert best["params"] == min(row["params"] for row in allowed)
+    assert pick(results, most=["clean_accuracy=0.2"], maximize="clean")["clean_accuracy"] == 0.1
+    assert pick(results, minimize="latency")
+    suspect = [{**row, "masking": "suspect"} for row in results.rows]
+    with pytest.raises(UsageError, match="masking verdict of every trial is suspect"):
+        pick(type(results)(**{**vars(results), "rows": tuple(suspect)}), minimize="params")
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        (
+            {"least": ["robust=0.99"], "minimize": "params"},
+            "no trial has robust of at least 0.99: the best of those left",
+        ),
+        ({"least": ["robust"], "minimize": "params"}, "expected a condition such as robust=0.70, got 'robust'"),
+        ({"minimize": "beauty"}, "expected one of robust, clean, .*; got 'beauty'"),
+        ({}, "expected one of --minimize and --maximize"),
+    ],
+)
+def test_questions_without_an_answer(question, message, results):
+    with pytest.raises(UsageError, match=message):
+        pick(results, **question)
+
+
+def test_a_folder_that_holds_no_sweep(tmp_path):
+    with pytest.raises(UsageError, match="expected a folder that `coldforge sweep` wrote"):
+        load_results(tmp_path)
+
+
+def test_a_trial_is_found_again_by_its_name(results):
+    row = results.rows[3]
+    assert trial_of(results.folder, row["trial"]).label.endswith(f"seed={row['seed']}")
+    with pytest.raises(UsageError, match="expected the trial nobody, found none"):
+        trial_of(results.folder, "nobody")
+
+
+def test_another_sweep_does_not_overwrite(tmp_path, record):
+    run(tmp_path, record)
+    with pytest.raises(UsageError, match="holds another sweep"):
+        run(tmp_path, record, given=spec(name="other"))
+
+
+def test_time_left_follows_what_was_spent(tmp_path, record):
+    seen = []
+
+    class Watch(Listener):
+        def changed(self, state):
+            seen.append(time_left(state, 1))
+
+    run(tmp_path, record, seconds=0.01, listener=Watch())
+    assert all(left is not None for left in seen)
+    assert seen[-1] == 0

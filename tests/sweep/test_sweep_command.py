@@ -1,0 +1,98 @@
+"""``coldforge sweep`` and ``coldforge pick`` on real, tiny trials."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from coldforge.cli import main
+from coldforge.measure import energy_per_image
+from coldforge.records import load_record
+from coldforge.stages import evidence
+
+SWEEP = """
+name = "tiny"
+description = "two widths"
+recipe = "quickstart"
+
+[set]
+"data.train_n" = 400
+"data.test_n" = 40
+"model.train.epochs" = 1
+"finetune.epochs" = 1
+"finetune.arms" = ["adversarial"]
+"evaluate.attacks" = ["fgsm"]
+"evaluate.n" = 20
+"evaluate.masking_n" = 0
+
+[axes]
+"prune.ratio" = [0.5, 0.75]
+"""
+
+
+@pytest.fixture(scope="module")
+def quick():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evidence, "LATENCY_SECONDS", 0.0)
+        patch.setattr(evidence, "energy_per_image", partial(energy_per_image, seconds=0.01))
+        yield
+
+
+@pytest.fixture(scope="module")
+def swept(quick, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLDFORGE_HOME", str(folder / "home"))
+        (folder / "tiny.toml").write_text(SWEEP, encoding="utf-8")
+        words = ["sweep", str(folder / "tiny.toml"), "--out", str(folder / "out"), "--executor", "serial", "--quiet"]
+        assert main(words) == 0
+        yield folder, words
+
+
+def test_the_plan_shows_what_is_shared(swept, capsys):
+    _, words = swept
+    assert main([*words, "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["trials"] == ["prune.ratio=0.5 seed=0", "prune.ratio=0.75 seed=0"]
+    assert plan["kinds"]["baseline"] == [1, 1]
+    assert plan["kinds"]["finetune"] == [2, 2]
+    assert plan["finished"] == 2
+    assert plan["macs"] < plan["macs_alone"]
+    assert main([*words, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "shared by 2 trials: baseline: train" in out
+    assert "without sharing" in out
+
+
+def test_the_same_call_again_computes_nothing(swept, capsys, monkeypatch):
+    folder, words = swept
+    from coldforge.sweep import RecipeWorkshop
+
+    monkeypatch.setattr(RecipeWorkshop, "make", lambda *_: pytest.fail("computed again"))
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "prune.ratio" in out
+    assert "of the multiply-adds that independent trials would take" in out
+    rows = (folder / "out" / "table.csv").read_text(encoding="utf-8").splitlines()
+    assert len(rows) == 1 + 2 * 4  # baseline, compressed, tuned, artifact
+
+
+def test_picking_writes_a_folder_to_ship(swept, capsys):
+    folder, _ = swept
+    assert main(["pick", str(folder / "out"), "--max", "macs=1e9", "--minimize", "bytes", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["prune.ratio"] == "0.75"
+    record = load_record(Path(row["folder"]))
+    assert record.stages[-1].size_bytes == row["size_bytes"]
+    assert (Path(row["folder"]) / "model.onnx").stat().st_size == row["size_bytes"]
+    assert (Path(row["folder"]) / "report.html").is_file()
+    assert main(["pick", str(folder / "out"), "--min", "robust=1.1", "--minimize", "bytes"]) == 2
+    assert "no trial has robust of at least 1.1" in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_there(capsys):
+    assert main(["sweep", "nowhere.toml"]) == 2
+    assert "expected a sweep file, found nothing at nowhere.toml" in capsys.readouterr().err
