@@ -167,14 +167,14 @@ def _store() -> Store:
 
 @app.command(help_epilogue="Example:\n\ncoldforge report coldforge-quickstart")
 def report(folder: Path, /) -> None:
-    """Draw report.html and adversarial.png again, from record.json.
+    """Draw the page of a run (report.html) or of an evaluation (evaluation.html) again, from its record.
 
     Args:
-        folder: where a run has left its record.json.
+        folder: where a run has left its record.json, or an evaluation its evaluation.json.
     """
-    from coldforge.report.folder import draw
+    from coldforge.report.folder import draw_any
 
-    sys.stdout.write(f"{draw(folder)}\n")
+    sys.stdout.write(f"{draw_any(folder)}\n")
 
 
 # --- what does it withstand? -----------------------------------------------------------------------------------------

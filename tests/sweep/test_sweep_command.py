@@ -80,6 +80,11 @@ def test_the_same_call_again_computes_nothing(swept, capsys, monkeypatch):
     assert len(rows) == 1 + 2 * 4  # baseline, compressed, tuned, artifact
 
 
+def test_the_store_keeps_what_records_stand_on(swept, capsys):
+    assert main(["store", "prune", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
 def test_picking_writes_a_folder_to_ship(swept, capsys):
     folder, _ = swept
     assert main(["pick", str(folder / "out"), "--max", "macs=1e9", "--minimize", "bytes", "--json"]) == 0

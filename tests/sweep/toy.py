@@ -15,7 +15,7 @@ from pathlib import Path
 
 from coldforge.records import Record
 from coldforge.spec import spec_hash
-from coldforge.store import Store
+from coldforge.store import Store, write_atomic
 from coldforge.sweep import Listener, Task, conduct, expand, load_sweep, make_executor, survey
 
 
@@ -61,12 +61,12 @@ class ToyWorkshop:
     def number(self, task):
         return int((self.store.path(task.kind, task.key) / "number").read_text())
 
-    def finish(self, trial):
+    def finish(self, trial, path):
         numbers = [self.number(task) for task in self.tasks(trial)]
         stage = self.record.stages[-1].model_copy(
             update={"params": numbers[-1], "macs": numbers[1], "clean_accuracy": trial.recipe.prune.ratio}
         )
-        return self.record.model_copy(update={"stages": (stage,)}).to_json()
+        write_atomic(path, self.record.model_copy(update={"stages": (stage,)}).to_json())
 
     def cause_trouble(self, label):
         what = self.trouble.get(label)

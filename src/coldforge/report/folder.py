@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from coldforge.errors import UsageError
 from coldforge.records import Record, load_record
+from coldforge.report.evaluation import draw_evaluation
 from coldforge.report.examples import Examples
 from coldforge.report.html import write_report
 
@@ -26,6 +27,18 @@ def draw(folder: str | Path) -> Path:
     folder = Path(folder)
     record = load_record(folder)
     return write_report(record, folder, _examples(folder / GALLERY, record))
+
+
+def draw_any(folder: str | Path) -> Path:
+    """Draw the page of whatever the folder holds: a run, or an evaluation; returns its path.
+
+    Raises:
+        UsageError: it holds neither.
+        StoreError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    is_evaluation = (folder / "evaluation.json").is_file() and not (folder / "record.json").is_file()
+    return draw_evaluation(folder) if is_evaluation else draw(folder)
 
 
 def _examples(path: Path, record: Record) -> Examples | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from coldforge.sweep.spec import Trial
@@ -38,8 +39,8 @@ class Workshop(Protocol):
     def make(self, trial: Trial, key: str) -> None:
         """Make one stage of a trial; what it reads is there."""
 
-    def finish(self, trial: Trial) -> str:
-        """The record of a trial whose stages are all there, as JSON."""
+    def finish(self, trial: Trial, path: Path) -> None:
+        """Write the record of a trial whose stages are all there, and keep these for as long as it exists."""
 
 
 @dataclass

@@ -191,7 +191,7 @@ class _Conductor:
         trial = self._state.trials[number]
         path = self._out / RECORDS / f"{trial.id}.json"
         if trial.id not in self._state.finished or not path.is_file():
-            write_atomic(path, self._workshop.finish(trial))
+            self._workshop.finish(trial, path)
             self._state.finished.add(trial.id)
 
 

@@ -15,7 +15,7 @@ from coldforge.progress import Progress
 from coldforge.records import Record
 from coldforge.spec import spec_hash
 from coldforge.stages import Arrow, Shop, Stage
-from coldforge.store import Store
+from coldforge.store import Store, write_atomic
 from coldforge.sweep.graph import Task
 from coldforge.sweep.spec import Trial
 
@@ -55,12 +55,14 @@ class RecipeWorkshop:
         with torch_threads(shop.recipe.compute.threads):
             shop.make(stage)
 
-    def finish(self, trial: Trial) -> str:
-        """The record of a trial whose stages are all in the store."""
-        return self.record(trial).to_json()
+    def finish(self, trial: Trial, path: Path) -> None:
+        """Write the record of a trial whose stages are all in the store, which keeps them as long as it exists."""
+        _, made = self._declared(trial)
+        write_atomic(path, self.record(trial).to_json())
+        self._store.register(path, [stage.key for stage in made])
 
     def record(self, trial: Trial) -> Record:
-        """The same as an object."""
+        """All that was measured on the stages of a trial."""
         shop, made = self._declared(trial)
         return assemble.record(shop, made, f"coldforge sweep, trial {trial.id}")
 
@@ -74,11 +76,6 @@ class RecipeWorkshop:
         found = self.record(trial)
         assemble.write_folder(shop, made, found, out)
         return found
-
-    def register(self, trial: Trial, record: Path) -> None:
-        """Tell the store that a record stands on the trial's stages."""
-        _, made = self._declared(trial)
-        self._store.register(record, [stage.key for stage in made])
 
     def macs_per_second(self, trial: Trial) -> float:
         """Measured throughput of training here, with the threads of the trial."""
