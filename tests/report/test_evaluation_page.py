@@ -36,6 +36,7 @@ from coldforge.report.evaluation import (
     rows,
     verdict_lines,
 )
+from coldforge.report.folder import draw_any
 
 N, ATTACKED, RIGHT = 10_000, 1000, 845
 CLASSES = ("T-shirt/top", "Trouser", "Bag")
@@ -191,6 +192,7 @@ def test_the_record_survives_the_way_to_disk_and_back(tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text(record.to_json())
     assert load_evaluation(tmp_path) == record
     target = draw_evaluation(tmp_path)
+    assert draw_any(tmp_path) == target
     assert target == tmp_path / "evaluation.html"
     assert target.read_text() == render_evaluation(record)
 
