@@ -143,7 +143,7 @@ def test_starting_again_with_a_recipe(forged, model, data, tmp_path):
         ({"prune.ration": 0.5}, r"unknown key 'prune\.ration'; did you mean 'ratio'\?"),
         ({"eps": 0.1}, r"unknown key 'eps'"),
         ({"threat_model.eps": 8}, r"did you mean 8/255\?"),
-        ({"finetune.attack": "pgd"}, r"unknown attack 'pgd'"),
+        ({"finetune.attack": "pgd"}, r"unknown inner attack 'pgd'"),
     ],
 )
 def test_wrong_settings(settings, message, model, data, tmp_path):

@@ -98,7 +98,10 @@ def pipeline(fake):
         return out / "report.html"
 
     fake("coldforge.pipeline", run=run, plan=plan)
-    fake("coldforge.report.folder", draw=lambda folder: write_report(load_record(folder), folder))
+    def draw(folder):
+        return write_report(load_record(folder), folder)
+
+    fake("coldforge.report.folder", draw=draw, draw_any=draw)
     return calls
 
 

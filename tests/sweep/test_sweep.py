@@ -56,7 +56,7 @@ def made(folder: Path) -> Counter[str]:
 
 
 def records(folder: Path) -> dict[str, str]:
-    return {path.name: path.read_text(encoding="utf-8") for path in (folder / "out" / "records").iterdir()}
+    return {path.name: path.read_text(encoding="utf-8") for path in (folder / "out" / "records").glob("[!.]*.json")}
 
 
 def write_sweep(folder: Path, record: Record) -> SweepSpec:
