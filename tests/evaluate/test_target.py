@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from coldforge.attacks import ThreatModel, parse_attack, predict
 from coldforge.compress import attacking, quantize
 from coldforge.errors import AttackError
 from coldforge.evaluate import TRANSFER, Target, evaluate, fast_copy, find_adversarial, mcnemar, paired_interval
+from coldforge.evaluate.target import Ways
 from coldforge.recipe import QuantizeSpec
 
 ATTACKS = [parse_attack("pgd-5"), parse_attack("autoattack-lite")]
@@ -139,6 +141,38 @@ def test_pitfall_26_every_success_of_a_fast_search_holds_in_float32(task, threat
         assert wrong[found.fooled].all()
         assert abs(int(found.fooled.sum()) - int(exact.fooled.sum())) <= 2
         threat.verify(found.adversarial, images)
+
+
+def test_pitfall_26_what_bfloat16_cannot_decide_is_tried_again_in_float32(task, threat):
+    """A copy with errors as large as the margins, as bfloat16 has them near the boundary, finds what float32 finds."""
+    model, data = task
+    images = data.pixels()
+    attack = parse_attack("apgd-ce-20")
+    target = Target(model)
+    ways = Ways(target, images, "bf16").of(attack)
+    assert [way.label for way in ways] == ["", "in float32"]
+    assert ways[0].near == math.inf
+    errors = predict(ways[0].model, images) - predict(model, images)
+    assert ways[1].near == pytest.approx(4 * float(errors.square().mean().sqrt()), rel=1e-3)
+    assert [way.label for way in Ways(target, images, "fp32").of(attack)] == [""]
+    assert [way.label for way in Ways(target, images, "bf16").of(parse_attack("fab-t-5-2"))] == [""]
+    found = evaluate(target, data, [attack], threat, precision="bf16")
+    stands = ~found.fooled["apgd-ce-20"]
+    tried_twice = stands & (found.queries["apgd-ce-20"] > 21)
+    assert torch.equal(tried_twice, stands & (found.margin["apgd-ce-20"] < ways[1].near))
+    assert found.unfinished == {}
+
+
+def test_near_the_boundary_the_second_try_decides(task, threat, monkeypatch):
+    """With every image "near", the copy does not matter any more."""
+    model, data = task
+    monkeypatch.setattr("coldforge.evaluate.target._NOISE", 1e6)
+    attack = parse_attack("pgd-5")
+    found = evaluate(Target(model), data, [attack], threat, precision="bf16")
+    exact = evaluate(Target(model), data, [attack], threat, precision="fp32")
+    assert not (exact.fooled["pgd-5"] ^ (found.fooled["pgd-5"] & exact.fooled["pgd-5"])).any()
+    assert {by for by in found.by["pgd-5"] if by} <= {"pgd-5", "in float32"}
+    assert found.unfinished == {}
 
 
 def test_a_network_that_refuses_bfloat16_is_attacked_as_it_is(task, threat):

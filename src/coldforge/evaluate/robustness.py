@@ -70,10 +70,9 @@ def evaluate(
     images, labels = data.pixels(), data.labels
     count = min(n, len(data)) if n else len(data)
     ledger = Ledger(labels, target.answers(images), seed=seed)
-    tries = _plan(Ways(target, images[:_ALIKE_IMAGES], precision), attacks, threat_model, transfer)
+    tries = _plan(Ways(target, _some(images), precision), attacks, threat_model, transfer)
     key = spec_hash([list(data.image_shape), ledger.answers.tolist(), labels.tolist(), count, seed, precision])
     journal = Journal(checkpoint, spec_hash(key, str(threat_model), [(c, a.describe(), w.label) for c, a, w in tries]))
-    columns = [column for column, _, _ in tries]
     for number, (column, attack, way) in enumerate(tries):
         if column not in ledger.fooled:
             ledger.open(column, count)
@@ -82,8 +81,8 @@ def evaluate(
             if on_progress is not None:
                 on_progress((number + fraction) / len(tries), name)
 
-        last = column not in columns[number + 1 :]
-        _run(ledger, column, attack, way, images, threat_model, journal, report, deadline, last=last)
+        rest = [later for name, _, later in tries[number + 1 :] if name == column]
+        _run(ledger, column, attack, way, images, threat_model, journal, report, deadline, rest)
         report(1.0)
     journal.flush()
     return ledger
@@ -117,9 +116,11 @@ def find_adversarial(
     """
     names = torch.arange(len(images)) if indices is None else indices
     result: AttackResult | None = None
-    tries = _plan(Ways(target, images[:_ALIKE_IMAGES], precision), [attack], threat_model, transfer=False)
+    tries = _plan(Ways(target, _some(images), precision), [attack], threat_model, transfer=False)
     for number, (_, part, way) in enumerate(tries):
-        rows = torch.arange(len(images)) if result is None else (~result.fooled).nonzero()[:, 0]
+        rows = torch.arange(len(images))
+        if result is not None:
+            rows = (~result.fooled & way.is_worth_it(result.margin)).nonzero()[:, 0]
         with way.context():
             found = part(
                 way.model, images[rows], labels[rows], threat_model, seed=seed, indices=names[rows], judge=way.judge
@@ -127,6 +128,12 @@ def find_adversarial(
         result = found if result is None else merge(result, found, rows, number)
     assert result is not None
     return result
+
+
+def _some(images: Tensor) -> Tensor:
+    """Some of the images, the same ones in whatever order they come."""
+    brightness = images.double().sum((1, 2, 3))
+    return images[(255 * brightness % 97).argsort()[:_ALIKE_IMAGES]]
 
 
 def _plan(ways: Ways, attacks: Sequence[Attack | Ensemble], threat_model: ThreatModel, transfer: bool) -> list[Try]:
@@ -149,17 +156,22 @@ def _run(
     journal: Journal,
     report: Callable[[float], None],
     deadline: float,
-    *,
-    last: bool,
+    rest: Sequence[Way],
 ) -> None:
-    """One try on the images that still stand."""
+    """One try on the images that still stand; ``rest`` are the tries of the same attack that follow."""
     what = f"{column}/{attack.name}/{way.label}"
     by = " ".join(filter(None, [attack.name if attack.name != column else "", way.label])) or attack.name
-    standing = (~ledger.fooled[column]).nonzero()[:, 0]
+    standing = (~ledger.fooled[column] & way.is_worth_it(ledger.margin[column])).nonzero()[:, 0]
     known = journal.found(what)
+
+    def enter(image: int, row: Row) -> None:
+        margin = torch.tensor(min(row.margin, float(ledger.margin[column][image])))
+        last = not any(bool(later.is_worth_it(margin)) for later in rest)
+        ledger.enter(column, image, row, by, last=last)
+
     for image in standing.tolist():
         if image in known:
-            ledger.enter(column, image, known[image], by, last=last)
+            enter(image, known[image])
     left = standing[[image not in known for image in standing.tolist()]] if known else standing
     if not len(left):
         return
@@ -172,7 +184,7 @@ def _run(
         for position, norm in zip(positions, norms, strict=True):
             row = Row.of(result, position, norm if bool(result.fooled[position]) else float("nan"))
             image = int(left[position])
-            ledger.enter(column, image, row, by, last=last)
+            enter(image, row)
             journal.add(what, image, row)
         if time.monotonic() - flushed > _FLUSH_SECONDS:
             flushed = time.monotonic()

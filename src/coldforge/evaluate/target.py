@@ -32,6 +32,10 @@ _VERIFY_TILE = 8
 """Images in one pass of the verifier: few are asked about at a time."""
 _SAME_ANSWERS = 0.95
 """A fast copy that answers fewer images like the network is no copy, and is not used."""
+_NOISE = 4.0
+"""How many times the root mean square of a bfloat16 copy's logit errors a margin must be to be told from 0. On a robust
+ResNet-20 that is 0.08; of 31 images on which runs of APGD-CE differ, float32 then fools in 6 runs all that it fools
+without bfloat16, and bfloat16 alone 1.5 fewer."""
 
 Precision = Literal["exact", "fp32", "bf16"]
 """How attacks search: on the network as it is; on a copy with BatchNorm folded; on that copy in bfloat16. Every success
@@ -92,6 +96,12 @@ class Way:
     judge: Judge | None
     """Who has the last word; None: ``model``."""
     context: Callable[[], AbstractContextManager[None]] = nullcontext
+    near: float = float("inf")
+    """Only images whose smallest margin so far is below this are worth this try."""
+
+    def is_worth_it(self, margin: Tensor) -> Tensor:
+        """Of images with these smallest margins, which are to be tried in this way; NaN is near."""
+        return ~(margin >= self.near) | (self.near == float("inf"))
 
 
 class Ways:
@@ -106,6 +116,7 @@ class Ways:
     def __init__(self, target: Target, images: Tensor, precision: Precision) -> None:
         self._target, self._images, self._precision = target, images, precision
         self._copies: dict[tuple[int, Precision], nn.Module] = {}
+        self._noise: dict[int, float] = {}  # of bfloat16 copies that are in use
 
     def of(self, attack: Attack) -> list[Way]:
         """The ways in which this attack is run, one after the other on the images that still stand.
@@ -119,7 +130,7 @@ class Ways:
         if target.network is not None:
             modes = BACKWARDS if attack.uses_gradients and target.quantized else BACKWARDS[:1]
             label = len(modes) > 1
-            return [self._way(mode if label else "", target.network, mode, attack) for mode in modes]
+            return self._ways({mode: mode if label else "" for mode in modes}, target.network, attack)
         if not target.surrogates:
             raise AttackError(
                 f"{attack.name} needs gradients, and a file has none; give a surrogate to search on (--surrogate), or "
@@ -140,13 +151,36 @@ class Ways:
             self._way(f"from {name}", network, "pass_through", attack) for name, network in target.surrogates.items()
         ]
 
-    def _way(self, label: str, network: nn.Module, mode: Backward, attack: Attack) -> Way:
-        target, precision = self._target, self._precision
+    def _ways(self, modes: Mapping[Backward, str], network: nn.Module, attack: Attack) -> list[Way]:
+        """For each kind of gradients one, and where it searches in bfloat16, one more in float32 for the images that
+        came so near the decision boundary that bfloat16 cannot tell on which side they are.
+        """
+        plain = [self._way(label, network, mode, attack) for mode, label in modes.items()]
+        if self._precision != "bf16" or attack.needs_float32 or id(network) not in self._noise:
+            return plain
+        near = _NOISE * self._noise[id(network)]
+        exact = [
+            self._way(f"{label} in float32".strip(), network, mode, attack, precision="fp32", near=near)
+            for mode, label in modes.items()
+        ]
+        return [way for pair in zip(plain, exact, strict=True) for way in pair]
+
+    def _way(
+        self,
+        label: str,
+        network: nn.Module,
+        mode: Backward,
+        attack: Attack,
+        *,
+        precision: Precision | None = None,
+        near: float = float("inf"),
+    ) -> Way:
+        target, precision = self._target, precision or self._precision
         if precision == "bf16" and attack.needs_float32:
             precision = "fp32"
         search = self._copy(network, precision, apart=mode == "unrounded")
         judge = None if search is target.network and target.file is None else self._verdicts
-        return Way(label, search, judge, partial(_prepared, search, mode, target.network))
+        return Way(label, search, judge, partial(_prepared, search, mode, target.network), near)
 
     def _verdicts(self, points: Tensor) -> Tensor:
         if self._target.file is not None:
@@ -161,16 +195,21 @@ class Ways:
         key = id(network), precision
         if key not in self._copies:
             fast = fast_copy(network, precision) if precision != "exact" else network
-            self._copies[key] = fast if self._answers_alike(network, fast) else network
+            error = self._error(network, fast)
+            self._copies[key] = network if error is None else fast
+            if error is not None and precision == "bf16":
+                self._noise[id(network)] = error
         found = self._copies[key]
         return copy.deepcopy(network) if apart and found is network else found
 
-    def _answers_alike(self, network: nn.Module, copied: nn.Module) -> bool:
+    def _error(self, network: nn.Module, copied: nn.Module) -> float | None:
+        """Root mean square of the copy's logit errors; None if it does not answer like the network."""
         try:
-            same = predict(network, self._images).argmax(1) == predict(copied, self._images).argmax(1)
+            expected, found = predict(network, self._images), predict(copied, self._images)
         except Exception:  # foreign code may refuse bfloat16 in any way it likes
-            return False
-        return bool(same.double().mean() >= _SAME_ANSWERS)
+            return None
+        same = (expected.argmax(1) == found.argmax(1)).double().mean()
+        return float((expected - found).double().square().mean().sqrt()) if same >= _SAME_ANSWERS else None
 
 
 @contextmanager
