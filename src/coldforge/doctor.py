@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from coldforge.provenance import cpu_flags, hardware, has_bf16, has_vnni, versions
+from coldforge.provenance import cpp_compiler, cpu_flags, hardware, has_bf16, has_vnni, versions
 from coldforge.report.text import size
 from coldforge.store import Store
 
@@ -50,7 +50,15 @@ def _processor() -> list[Finding]:
     found = f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, {memory}"
     flags = ", ".join(facts["flags"]) or ("none that matter" if cpu_flags() else "cannot be read here")
     bf16 = "training runs in bf16" if has_bf16() else "training runs in fp32, about half as fast as with bf16"
-    return [Finding("processor", found), Finding("CPU flags", flags), Finding("bf16", _yes(has_bf16()), bf16)]
+    kernels = (
+        "fake quantization is compiled" if cpp_compiler() else "fake quantization trains about half as fast as compiled"
+    )
+    return [
+        Finding("processor", found),
+        Finding("CPU flags", flags),
+        Finding("bf16", _yes(has_bf16()), bf16),
+        Finding("C++ compiler", cpp_compiler() or "none", kernels),
+    ]
 
 
 def _int8() -> list[Finding]:

@@ -20,7 +20,7 @@ from coldforge.attacks import ThreatModel, parse_attack, parse_inner
 from coldforge.data import DataSplits, load_data
 from coldforge.models import check_classifier, model_source, torch_threads
 from coldforge.progress import Progress, Step
-from coldforge.provenance import has_bf16, physical_cores
+from coldforge.provenance import cpp_compiler, has_bf16, physical_cores
 from coldforge.recipe import Recipe
 from coldforge.records import Record
 from coldforge.stages import Arrow, Shop
@@ -127,9 +127,10 @@ def resolve(recipe: Recipe) -> Recipe:
     compute = recipe.compute
     threads = compute.threads or min(physical_cores(), 8)
     precision = compute.precision if compute.precision != "auto" else ("bf16" if has_bf16() else "fp32")
+    compiled = compute.compile if compute.compile != "auto" else ("kernels" if cpp_compiler() else "off")
     return recipe.model_copy(
         update={
-            "compute": compute.model_copy(update={"threads": threads, "precision": precision}),
+            "compute": compute.model_copy(update={"threads": threads, "precision": precision, "compile": compiled}),
             "model": recipe.model.model_copy(update={"checkpoint": _given(recipe.model.checkpoint)}),
         }
     )

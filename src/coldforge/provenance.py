@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -113,6 +114,11 @@ def cpu_flags() -> frozenset[str]:
 def has_bf16() -> bool:
     """Whether the CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX-BF16)."""
     return bool(cpu_flags() & {"avx512_bf16", "amx_bf16"})
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that torch.compile would call; None without."""
+    return next(filter(None, map(shutil.which, [os.environ.get("CXX", ""), "g++", "clang++"])), None)
 
 
 def has_vnni() -> bool:

@@ -4,6 +4,7 @@ from coldforge.compress.checkpoint import Structure, build, load_network, read_s
 from coldforge.compress.fakequant import ActivationQuantizer, Backward, QuantizedLayer, attacking, fake_quantize
 from coldforge.compress.graph import fold_batchnorm, trace
 from coldforge.compress.importance import taylor
+from coldforge.compress.kernels import fused
 from coldforge.compress.prune import PruningPlan, joined, prune, replay
 from coldforge.compress.quantize import calibrate, insert_quantizers, quantize, refit, set_bits, weight_bit_widths
 
@@ -18,6 +19,7 @@ __all__ = [
     "calibrate",
     "fake_quantize",
     "fold_batchnorm",
+    "fused",
     "insert_quantizers",
     "joined",
     "load_network",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from coldforge.compress.kernels import gradients, is_fused, round_to_grid
 from coldforge.errors import ModelError
 
 Backward = Literal["pass_through", "clipped", "unrounded"]
@@ -66,6 +67,31 @@ class _FakeQuantize(torch.autograd.Function):
             total = product.sum() if step.numel() == 1 else product.flatten(1).sum(1)
             grad_step = (total.float() * ctx.grad_scale).view_as(step)
         return grad_x, grad_step, None, None, None, None, None
+
+
+class _FusedFakeQuantize(torch.autograd.Function):
+    """The same for one step, in one pass over memory each way (:mod:`coldforge.compress.kernels`)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, step: Tensor, zero: int, qmin: int, qmax: int, grad_scale: float, backward: Backward
+    ) -> Tensor:
+        ctx.range, ctx.grad_scale = (float(qmin - zero), float(qmax - zero)), grad_scale
+        ctx.clips = backward == "clipped"
+        if ctx.clips or ctx.needs_input_grad[1]:
+            ctx.save_for_backward(x, step)
+        return round_to_grid(x, step, *ctx.range)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        learns_step = ctx.needs_input_grad[1]
+        if not (ctx.clips or learns_step):
+            return grad, None, None, None, None, None, None
+        x, step = ctx.saved_tensors
+        grad_x, grad_step = gradients(grad, x, step, *ctx.range)
+        scaled = grad_step * ctx.grad_scale if learns_step else None
+        return grad_x if ctx.clips else grad, scaled, None, None, None, None, None
 
 
 class _Binarize(torch.autograd.Function):
@@ -123,7 +149,8 @@ def fake_quantize(
     Returns:
         A tensor like ``x``.
     """
-    result: Tensor = _FakeQuantize.apply(x, step, zero, qmin, qmax, grad_scale, backward)  # type: ignore[no-untyped-call]
+    function = _FusedFakeQuantize if is_fused() and step.ndim == 0 else _FakeQuantize
+    result: Tensor = function.apply(x, step, zero, qmin, qmax, grad_scale, backward)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -168,6 +168,10 @@ class ComputeSpec(Spec):
     """Threads of torch; 0 chooses the physical cores, at most 8, when the recipe is resolved."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Training precision; auto is bf16 where the CPU computes it in hardware. Verdicts are always fp32."""
+    compile: Literal["auto", "off", "kernels", "network"] = "auto"
+    """What training compiles with torch.compile: "kernels" is the arithmetic of fake quantization (seconds), "network"
+    also whole networks in floating point (minutes; for long trainings); auto is kernels where there is a C++ compiler.
+    """
     device: Literal["cpu"] = "cpu"
     """Where to train; the CPU is the only choice so far."""
 

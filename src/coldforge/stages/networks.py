@@ -307,6 +307,7 @@ def _trained(
         shop.threat_model,
         seed=shop.recipe.seed,
         precision=shop.recipe.compute.precision,
+        compiled=shop.recipe.compute.compile,
         teacher=teacher,
         folder=folder,
         on_progress=report,

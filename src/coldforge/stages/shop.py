@@ -95,7 +95,7 @@ class Shop:
         seconds: float = 0.0,
     ) -> Stage:
         """A stage with its key."""
-        compute = [self.recipe.compute.threads, self.recipe.compute.precision, self.recipe.compute.device]
+        compute = list(self.recipe.compute.model_dump().values())
         upstream = [stage.key for stage in inputs] + ([self.data.fingerprint] if reads_data else [])
         reads = tuple(stage.key for stage in inputs)
         return Stage(kind, label, stage_key(kind, VERSION, [*spec, compute], upstream), build, macs, seconds, reads)

@@ -23,12 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from coldforge.attacks import InnerAttack, ThreatModel, parse_inner, perturb
-from coldforge.compress import QuantizedLayer, attacking, set_bits
+from coldforge.compress import QuantizedLayer, attacking, fused, set_bits
 from coldforge.data import DataSplits, epoch_batches, steps_per_epoch
 from coldforge.errors import CollapseError, RecipeError, TrainingError
 from coldforge.evaluate import BACKWARDS
 from coldforge.measure import count_macs
 from coldforge.models import channels_last
+from coldforge.provenance import cpp_compiler
 from coldforge.recipe import TrainSpec
 from coldforge.records import CurvePoint
 from coldforge.spec import spec_hash
@@ -67,6 +68,7 @@ def train(
     *,
     seed: int = 0,
     precision: str = "fp32",
+    compiled: str = "off",
     teacher: nn.Module | None = None,
     folder: Path | None = None,
     on_progress: Callable[[float, str], None] | None = None,
@@ -82,6 +84,8 @@ def train(
         threat_model: what the inner attack may do, and the monitor's eps.
         seed: seed of every draw.
         precision: ``"bf16"`` (autocast) or ``"fp32"``.
+        compiled: ``"kernels"``: the arithmetic of fake quantization is; ``"network"``: a network in floating point is,
+            too; ``"off"``.
         teacher: whose answers are learned where the objective is "distill".
         folder: where a checkpoint is kept every few seconds, and looked for; None: nowhere.
         on_progress: called with the finished fraction and a line such as "epoch 2/3  loss 0.61".
@@ -105,9 +109,12 @@ def train(
     shelf = Shelf(folder)
     state = shelf.last() or TrainState()
     while True:
-        attempt = _Attempt(model, data, spec, threat_model, seed, precision, teacher, shelf, state, on_progress)
+        attempt = _Attempt(
+            model, data, spec, threat_model, seed, precision, compiled, teacher, shelf, state, on_progress
+        )
         try:
-            return attempt.run()
+            with fused(compiled != "off" and attempt.quantized):
+                return attempt.run()
         except Collapse as collapse:
             if state.attempt >= spec.retries:
                 raise (TrainingError if isinstance(collapse, NotFinite) else CollapseError)(
@@ -156,6 +163,7 @@ class _Attempt:
         threat_model: ThreatModel,
         seed: int,
         precision: str,
+        compiled: str,
         teacher: nn.Module | None,
         shelf: Shelf,
         state: TrainState,
@@ -195,7 +203,12 @@ class _Attempt:
         self._previous = state.perturbations.get("previous")
         if self._previous is None and self._inner is not None and self._inner.start == "previous":
             self._previous = torch.zeros(data.train.images.shape, dtype=torch.int8)
-        self._wrapped, self._optimizer = self._fabric.setup(self._network, optimizer)
+        self.quantized = bool(quantizer_steps(self._network))
+        whole = compiled == "network" and not self.quantized and cpp_compiler() is not None
+        self._forward = self._network
+        if whole:
+            self._forward.compile()  # in place: its name and its parameters stay what they are
+        self._wrapped, self._optimizer = self._fabric.setup(self._forward, optimizer)
 
     @property
     def seconds(self) -> float:
@@ -286,8 +299,8 @@ class _Attempt:
             previous = self._previous[indices].float() * (self._threat_model.eps / _INT8)
         generator = torch.Generator().manual_seed(_seed(self._seed, "inner attack", step))
         with attacking(self._network, BACKWARDS[step % len(BACKWARDS)]), self._fabric.autocast():
-            direction = self._objective.direction(self._network, images, labels, targets)
-            found = perturb(self._network, images, direction, now, self._inner, generator, previous)
+            direction = self._objective.direction(self._forward, images, labels, targets)
+            found = perturb(self._forward, images, direction, now, self._inner, generator, previous)
         if self._previous is not None:
             codes = (found - images) * (_INT8 / self._threat_model.eps)
             self._previous[indices] = codes.round().clamp(-_INT8, _INT8).to(torch.int8)
