@@ -1,0 +1,199 @@
+"""Static panels of a sweep: clean and robust accuracy against one axis, mean over seeds with standard deviations.
+
+One figure for each axis whose values have an order (:func:`coldforge.report.sweep_rows.positions`) and of which at least
+two were tried. The upper row is clean accuracy, the lower row robust accuracy in the worst case; one line for each kind
+of stage. The other axes make the columns: one for each combination of their values, at most :data:`MOST_COLUMNS`. Where
+there are more, the axes with the fewest values make the columns and the rest stay at the values of the most robust
+artifact, which the caption says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from coldforge.report.plots import COLOURS, INK, MUTED, RULE, WRONG, short, to_png
+from coldforge.report.sweep_rows import KINDS, ROBUST, Entry, positions, values_of
+from coldforge.sweep.table import Sweep
+
+MOST_COLUMNS = 4
+_STYLES: dict[str, dict[str, Any]] = {
+    "compressed": {"marker": "v", "linestyle": ":"},
+    "natural": {"marker": "s", "linestyle": "-"},
+    "adversarial": {"marker": "o", "linestyle": "-"},
+    "artifact": {"marker": "D", "linestyle": "--"},
+}
+"""Kinds that are drawn; told apart by marker and dash as well as by colour."""
+_ROWS = (("clean_accuracy", "clean accuracy, %"), (ROBUST, "robust accuracy\n(worst case), %"))
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One figure."""
+
+    axis: str
+    png: bytes
+    fixed: str
+    """Axes that stay at one value, such as "quantize.weight_bits=8"; empty where there are none."""
+    suspect: bool
+    """Some robust accuracy in it is suspect, and crossed."""
+
+
+@dataclass(frozen=True)
+class _Line:
+    kind: str
+    entries: list[Entry]  # one for each value of the axis, ascending
+
+
+def panels(sweep: Sweep, means: Sequence[Entry]) -> list[Panel]:
+    """The figures of a sweep, in the order of its axes.
+
+    Args:
+        sweep: its results.
+        means: :func:`coldforge.report.sweep_rows.mean_entries`.
+    """
+    return [found for axis in sweep.axes if (found := _panel(sweep, means, axis)) is not None]
+
+
+def _panel(sweep: Sweep, means: Sequence[Entry], axis: str) -> Panel | None:
+    place = sweep.axes.index(axis)
+    entries = [entry for entry in means if entry.point[place] and entry.kind in _STYLES]
+    order = positions(list(dict.fromkeys(entry.point[place] for entry in entries)))
+    if len(order) < 2:
+        return None
+    facets, fixed = _columns(sweep, entries, place)
+    columns = [(title, _lines(chosen, place, order)) for title, chosen in facets]
+    columns = [(title, lines) for title, lines in columns if lines]
+    if not columns:
+        return None
+    drawn = [entry for _, lines in columns for line in lines for entry in line.entries]
+    suspect = any(entry.suspect for entry in drawn)
+    figure = _figure(axis, columns, place, order, suspect)
+    return Panel(axis, to_png(figure, dpi=160), fixed, suspect)
+
+
+def _columns(sweep: Sweep, entries: Sequence[Entry], place: int) -> tuple[list[tuple[str, list[Entry]]], str]:
+    """Titles and entries of the columns, and what stays fixed."""
+    counts = {i: len({e.point[i] for e in entries}) for i in range(len(sweep.axes)) if i != place}
+    others = sorted((i for i, count in counts.items() if count > 1), key=lambda i: counts[i])
+    chosen: list[int] = []
+    for i in others:
+        if len({tuple(e.point[j] for j in [*chosen, i]) for e in entries}) <= MOST_COLUMNS:
+            chosen.append(i)
+    rest = [i for i in others if i not in chosen]
+    best = _best_point(entries)
+    kept = [e for e in entries if all(e.point[i] == best[i] for i in rest)]
+    fixed = ", ".join(f"{sweep.axes[i]}={best[i] or 'not set'}" for i in rest)
+    orders = values_of(sweep)
+    chosen.sort()
+    groups = sorted(
+        {tuple(e.point[i] for i in chosen) for e in kept},
+        key=lambda group: [orders[sweep.axes[i]].index(value) for i, value in zip(chosen, group, strict=True)],
+    )
+    return [
+        (
+            "\n".join(short(f"{sweep.axes[i]} {v or 'not set'}", 34) for i, v in zip(chosen, group, strict=True)),
+            [e for e in kept if tuple(e.point[i] for i in chosen) == group],
+        )
+        for group in groups
+    ], fixed
+
+
+def _best_point(entries: Sequence[Entry]) -> tuple[str, ...]:
+    """The point of the artifact with the highest mean robust accuracy that is not suspect; of any entry without one."""
+
+    def rank(entry: Entry) -> tuple[bool, bool, float]:
+        robust = entry.cells[ROBUST].value if ROBUST in entry.cells else None
+        return not entry.suspect, entry.kind == "artifact", -1.0 if robust is None else robust
+
+    return max(entries, key=rank).point
+
+
+def _lines(entries: Sequence[Entry], place: int, order: dict[str, float]) -> list[_Line]:
+    """One line a kind; none where the axis has a single value here."""
+    if len({entry.point[place] for entry in entries}) < 2:
+        return []
+    found = []
+    for kind in _STYLES:
+        line = sorted((e for e in entries if e.kind == kind), key=lambda e: order[e.point[place]])
+        if line:
+            found.append(_Line(kind, line))
+    return found
+
+
+def _figure(
+    axis: str, columns: Sequence[tuple[str, list[_Line]]], place: int, order: dict[str, float], suspect: bool
+) -> Figure:
+    attacked = any(_value(e, ROBUST) is not None for _, lines in columns for line in lines for e in line.entries)
+    rows = _ROWS if attacked else _ROWS[:1]
+    title_lines = max(title.count("\n") + 1 if title else 0 for title, _ in columns)
+    wide = {1: 4.6, 2: 3.6}.get(len(columns), 2.75)  # inches
+    left, right, bottom, gap, panel = 0.95, 0.15, 0.62, 0.22, 1.75
+    top = 0.50 + 0.19 * title_lines
+    width, height = left + right + wide * len(columns), bottom + top + panel * len(rows) + gap * (len(rows) - 1)
+    figure = Figure(figsize=(max(width, 6.4), height))
+    figure.subplots_adjust(
+        left=left / max(width, 6.4), right=(left + wide * len(columns)) / max(width, 6.4),
+        bottom=bottom / height, top=1 - top / height, hspace=gap / panel, wspace=0.08,
+    )  # fmt: skip
+    grid = figure.subplots(len(rows), len(columns), sharex=True, sharey="row", squeeze=False)
+    ticks = sorted(order, key=lambda value: order[value])
+    for r, (key, name) in enumerate(rows):
+        for c, (title, lines) in enumerate(columns):
+            axes = grid[r][c]
+            _draw(axes, lines, key, place, order)
+            axes.set_title(title if r == 0 else "", fontsize=8.5, color=INK, loc="left")
+            axes.set_xticks([order[value] for value in ticks], ticks if len(ticks) <= 10 else None)
+        grid[r][0].set_ylabel(name, fontsize=8.5, color=INK)
+    middle = (left + wide * len(columns) / 2) / max(width, 6.4)
+    figure.text(middle, 0.10 / height, short(axis, 60), ha="center", va="bottom", fontsize=9.5, color=INK, weight="bold")
+    kinds = [kind for kind in _STYLES if any(line.kind == kind for _, lines in columns for line in lines)]
+    handles = [Line2D([], [], color=COLOURS[kind], label=KINDS[kind], **_look(kind)) for kind in kinds]
+    if suspect:
+        cross = {"marker": "x", "linestyle": "", "markersize": 8, "markeredgewidth": 1.8}
+        handles.append(Line2D([], [], color=WRONG, label="suspect", **cross))
+    figure.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=(left / max(width, 6.4) - 0.01, 1), ncols=len(handles),
+        frameon=False, fontsize=8, labelcolor=INK, handlelength=2.6, columnspacing=1.6,
+    )  # fmt: skip
+    return figure
+
+
+def _look(kind: str) -> dict[str, Any]:
+    hollow = {"markerfacecolor": "white"} if kind == "artifact" else {}
+    return {"linewidth": 1.5, "markersize": 4.5, **_STYLES[kind], **hollow}
+
+
+def _draw(axes: Any, lines: Sequence[_Line], key: str, place: int, order: dict[str, float]) -> None:
+    for line in lines:
+        spots = [(order[e.point[place]], 100 * v, e) for e in line.entries if (v := _value(e, key)) is not None]
+        if not spots:
+            continue
+        axes.errorbar(
+            [x for x, _, _ in spots],
+            [y for _, y, _ in spots],
+            yerr=[100 * e.spread.get(key, 0.0) for _, _, e in spots],
+            color=COLOURS[line.kind],
+            ecolor=COLOURS[line.kind],
+            elinewidth=1.0,
+            capsize=2.5,
+            zorder=3 if line.kind == "artifact" else 2,
+            **_look(line.kind),
+        )
+        doubtful = [(x, y) for x, y, e in spots if e.suspect and key == ROBUST]
+        if doubtful:
+            axes.scatter(*zip(*doubtful, strict=True), marker="x", s=64, color=WRONG, linewidths=1.8, zorder=4)
+    axes.grid(color=RULE, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.08, y=0.12)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.tick_params(length=0, labelsize=8, labelcolor=MUTED)
+
+
+def _value(entry: Entry, key: str) -> float | None:
+    return entry.cells[key].value if key in entry.cells else None
