@@ -98,7 +98,7 @@ def _answer(sweep: Sweep, question: str, conditions: Conditions, row: Row) -> An
     facts = [
         f"clean {text.percent(row['clean_accuracy'])} %",
         text.size(row["size_bytes"]),
-        f"{text.millions(row['macs'])}ACs",
+        f"{text.millions(row['macs'])} MACs",
     ]
     if timed and row.get(timed):
         facts.append(f"{text.seconds(row[timed])} an image")

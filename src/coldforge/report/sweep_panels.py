@@ -28,7 +28,7 @@ _STYLES: dict[str, dict[str, Any]] = {
     "artifact": {"marker": "D", "linestyle": "--"},
 }
 """Kinds that are drawn; told apart by marker and dash as well as by colour."""
-_ROWS = (("clean_accuracy", "clean accuracy, %"), (ROBUST, "robust accuracy\n(worst case), %"))
+_ROWS = (("clean_accuracy", "clean accuracy, %"), (ROBUST, "robust accuracy, %"))
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Panel:
 
     axis: str
     png: bytes
+    width_px: int
+    """At which its letters have the size of the page's small print."""
     fixed: str
     """Axes that stay at one value, such as "quantize.weight_bits=8"; empty where there are none."""
     suspect: bool
@@ -73,7 +75,7 @@ def _panel(sweep: Sweep, means: Sequence[Entry], axis: str) -> Panel | None:
     drawn = [entry for _, lines in columns for line in lines for entry in line.entries]
     suspect = any(entry.suspect for entry in drawn)
     figure = _figure(axis, columns, place, order, suspect)
-    return Panel(axis, to_png(figure, dpi=160), fixed, suspect)
+    return Panel(axis, to_png(figure, dpi=180), round(107 * figure.get_figwidth()), fixed, suspect)
 
 
 def _columns(sweep: Sweep, entries: Sequence[Entry], place: int) -> tuple[list[tuple[str, list[Entry]]], str]:
@@ -131,13 +133,13 @@ def _figure(
     attacked = any(_value(e, ROBUST) is not None for _, lines in columns for line in lines for e in line.entries)
     rows = _ROWS if attacked else _ROWS[:1]
     title_lines = max(title.count("\n") + 1 if title else 0 for title, _ in columns)
-    wide = {1: 4.6, 2: 3.6}.get(len(columns), 2.75)  # inches
-    left, right, bottom, gap, panel = 0.95, 0.15, 0.62, 0.22, 1.75
-    top = 0.50 + 0.19 * title_lines
+    wide = {1: 6.0, 2: 4.6, 3: 3.2}.get(len(columns), 2.5)  # inches
+    left, right, bottom, gap, panel = 0.65, 0.10, 0.52, 0.20, 1.85
+    top = 0.40 + 0.18 * title_lines
     width, height = left + right + wide * len(columns), bottom + top + panel * len(rows) + gap * (len(rows) - 1)
-    figure = Figure(figsize=(max(width, 6.4), height))
+    figure = Figure(figsize=(width, height))
     figure.subplots_adjust(
-        left=left / max(width, 6.4), right=(left + wide * len(columns)) / max(width, 6.4),
+        left=left / width, right=(left + wide * len(columns)) / width,
         bottom=bottom / height, top=1 - top / height, hspace=gap / panel, wspace=0.08,
     )  # fmt: skip
     grid = figure.subplots(len(rows), len(columns), sharex=True, sharey="row", squeeze=False)
@@ -149,15 +151,16 @@ def _figure(
             axes.set_title(title if r == 0 else "", fontsize=8.5, color=INK, loc="left")
             axes.set_xticks([order[value] for value in ticks], ticks if len(ticks) <= 10 else None)
         grid[r][0].set_ylabel(name, fontsize=8.5, color=INK)
-    middle = (left + wide * len(columns) / 2) / max(width, 6.4)
-    figure.text(middle, 0.10 / height, short(axis, 60), ha="center", va="bottom", fontsize=9.5, color=INK, weight="bold")
+    figure.align_ylabels(list(grid[:, 0]))
+    middle = (left + wide * len(columns) / 2) / width
+    figure.text(middle, 0.08 / height, short(axis, 60), ha="center", va="bottom", fontsize=9, color=INK, weight="bold")
     kinds = [kind for kind in _STYLES if any(line.kind == kind for _, lines in columns for line in lines)]
     handles = [Line2D([], [], color=COLOURS[kind], label=KINDS[kind], **_look(kind)) for kind in kinds]
     if suspect:
         cross = {"marker": "x", "linestyle": "", "markersize": 8, "markeredgewidth": 1.8}
         handles.append(Line2D([], [], color=WRONG, label="suspect", **cross))
     figure.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(left / max(width, 6.4) - 0.01, 1), ncols=len(handles),
+        handles=handles, loc="upper left", bbox_to_anchor=((left - 0.12) / width, 1), ncols=len(handles),
         frameon=False, fontsize=8, labelcolor=INK, handlelength=2.6, columnspacing=1.6,
     )  # fmt: skip
     return figure

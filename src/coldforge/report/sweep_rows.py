@@ -105,7 +105,7 @@ def measures(sweep: Sweep) -> list[Measure]:
         _scaled(sweep, "macs", "MACs", "multiply-adds", text.millions, ((1e6, "M"),)),
         _scaled(sweep, "size_bytes", "file", "file", _size, ((1e6, "MB"), (1e3, "KB"))),
         _scaled(sweep, "packed_bytes", "packed weights", "packed weights", _size, ((1e6, "MB"), (1e3, "KB"))),
-        _scaled(sweep, "energy_j_per_image", f"energy / image{mark}", f"energy of one image{mark}", text.energy,
+        _scaled(sweep, "energy_j_per_image", "energy / image", f"energy of one image{mark}", text.energy,
                 ((1, "J"), (1e-3, "mJ"), (1e-6, "µJ"))),
         _scaled(sweep, "train_seconds", "training", "training", text.duration, ((3600, "h"), (60, "min"), (1, "s"))),
     ]  # fmt: skip

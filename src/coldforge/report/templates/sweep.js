@@ -9,9 +9,9 @@
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const escapeText = (words) => String(words).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif";
-  // Okabe and Ito's colours without black and yellow, for values without an order; cividis for those with one.
+  // Okabe and Ito's colours without black and yellow, for values without an order; viridis for those with one.
   const UNORDERED = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"];
-  const ORDERED = ["#31446b", "#575c6d", "#7c7b78", "#a59c74", "#d2bf5a", "#f2d93f"];
+  const ORDERED = ["--ordered-0", "--ordered-1", "--ordered-2", "--ordered-3", "--ordered-4", "--ordered-5"];
 
   const bodies = Object.fromEntries([...document.querySelectorAll("tbody[data-mode]")].map((b) => [b.dataset.mode, b]));
   const rows = Object.fromEntries(Object.entries(bodies).map(([mode, body]) => [mode, [...body.rows]]));
@@ -58,7 +58,7 @@
     const colour = (value) => {
       const i = values.indexOf(value);
       if (!data.ordered.includes(name)) { return UNORDERED[i % UNORDERED.length]; }
-      return ORDERED[Math.round(i / Math.max(1, values.length - 1) * (ORDERED.length - 1))];
+      return css(ORDERED[Math.round(i / Math.max(1, values.length - 1) * (ORDERED.length - 1))]);
     };
     return { names: values, words: (v) => name + " " + (v || "not set"), of: (e) => e.point[place], colour };
   }
@@ -205,6 +205,7 @@
   form.addEventListener("change", update);
   form.addEventListener("submit", (event) => event.preventDefault());
   form.hidden = false;
+  document.querySelectorAll(".hint").forEach((hint) => { hint.hidden = !plotted; });
   update();
   if (plotted) {
     node.on("plotly_click", (event) => { // shows the row of a point
