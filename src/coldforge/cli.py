@@ -165,9 +165,7 @@ def _store() -> Store:
     return Store()
 
 
-@app.command(
-    help_epilogue="Examples:\n\ncoldforge report coldforge-quickstart\n\ncoldforge report sweep-my-sweep"
-)
+@app.command(help_epilogue="Examples:\n\ncoldforge report coldforge-quickstart\n\ncoldforge report sweep-my-sweep")
 def report(folder: Path, /) -> None:
     """Draw the page of a run or a sweep (report.html) or of an evaluation (evaluation.html) again, from its records.
 

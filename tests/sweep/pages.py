@@ -17,8 +17,6 @@ BITS = [
 ]
 AXES = {"prune.ratio": [0.1, 0.3, 0.5, 0.7], "bits": BITS, "quantize.calibration": ["mse", "minmax"]}
 SWEEP = {"name": "small nets", "description": "Widths and bits.", "seeds": [0, 1], "axes": AXES}
-LOST = "middle 0.1"
-"""A stage of the sweep that fails: half of what is pruned by 0.1 (one seed)."""
 
 
 class PageWorkshop(ToyWorkshop):

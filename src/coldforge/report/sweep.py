@@ -116,7 +116,9 @@ def _headline(sweep: Sweep, found: list[Answer]) -> str:
         return f"{start} No robust accuracy of an artifact can be named: {why}."
     best, rest = found[0], found[1:]
     flag = f", {best.flag}" if best.flag else ""
-    words = [f"{start} The most robust artifact keeps {best.robust.partition(' (')[0]} (worst case{flag}): {best.label}."]
+    words = [
+        f"{start} The most robust artifact keeps {best.robust.partition(' (')[0]} (worst case{flag}): {best.label}."
+    ]
     smallest = next((answer for answer in rest if answer.question.startswith("Smallest")), None)
     if smallest is not None and smallest.trial != best.trial:
         flag = f" ({smallest.flag})" if smallest.flag else ""
@@ -148,7 +150,9 @@ def _cards(sweep: Sweep) -> Iterator[Card]:
 
 
 def _threat_cards(sweep: Sweep) -> Iterator[Card]:
-    threats = sorted({tuple(row[f"threat_model:{part}"] for part in ("norm", "eps", "eps_255", "box")) for row in sweep.rows})
+    threats = sorted(
+        {tuple(row[f"threat_model:{part}"] for part in ("norm", "eps", "eps_255", "box")) for row in sweep.rows}
+    )
     if not threats:
         return
     flag = "" if all(box for *_, box in threats) else "literal threat model"

@@ -64,9 +64,7 @@ class State:
     @property
     def lost(self) -> dict[str, str]:
         """Trials that cannot be finished, to why."""
-        return {
-            trial: f"{self.failures[key].label}: {self.failures[key].error}" for trial, key in self.guilty.items()
-        }
+        return {trial: f"{self.failures[key].label}: {self.failures[key].error}" for trial, key in self.guilty.items()}
 
     @property
     def guilty(self) -> dict[str, str]:
