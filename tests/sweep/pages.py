@@ -48,7 +48,8 @@ def record_of(base: Record, trial) -> Record:
         fields = {
             "name": name, "label": label, "params": round(macs / 17), "macs": round(macs),
             "size_bytes": round(packed if dense else 2_200_000 * (1 - ratio) ** 2 / 4 + 12_000),
-            "packed_bytes": round(packed), "weight_bits": 32 if dense else bits, "activation_bits": 32 if dense else bits,
+            "packed_bytes": round(packed),
+            "weight_bits": 32 if dense else bits, "activation_bits": 32 if dense else bits,
             "pruning_ratio": PruningRatioRecord(requested=ratio, achieved=ratio), "n": n,
             "clean_accuracy": clean, "clean_ci95": _interval(clean, n), "robust_accuracy": robusts,
             "robust_n": dict.fromkeys(robusts, 1000),

@@ -115,10 +115,8 @@ def _headline(sweep: Sweep, found: list[Answer]) -> str:
         why = "the masking verdict of each is suspect" if _all_suspect(sweep) else "none was attacked"
         return f"{start} No robust accuracy of an artifact can be named: {why}."
     best, rest = found[0], found[1:]
-    flag = f", {best.flag}" if best.flag else ""
-    words = [
-        f"{start} The most robust artifact keeps {best.robust.partition(' (')[0]} (worst case{flag}): {best.label}."
-    ]
+    kept = f"{best.robust.partition(' (')[0]} (worst case{f', {best.flag}' if best.flag else ''})"
+    words = [f"{start} The most robust artifact keeps {kept}: {best.label}."]
     smallest = next((answer for answer in rest if answer.question.startswith("Smallest")), None)
     if smallest is not None and smallest.trial != best.trial:
         flag = f" ({smallest.flag})" if smallest.flag else ""
@@ -150,9 +148,8 @@ def _cards(sweep: Sweep) -> Iterator[Card]:
 
 
 def _threat_cards(sweep: Sweep) -> Iterator[Card]:
-    threats = sorted(
-        {tuple(row[f"threat_model:{part}"] for part in ("norm", "eps", "eps_255", "box")) for row in sweep.rows}
-    )
+    parts = ("norm", "eps", "eps_255", "box")
+    threats = sorted({tuple(row[f"threat_model:{part}"] for part in parts) for row in sweep.rows})
     if not threats:
         return
     flag = "" if all(box for *_, box in threats) else "literal threat model"
@@ -174,8 +171,8 @@ def _span(counts: list[int]) -> str:
 def _notes(sweep: Sweep) -> Iterator[str]:
     """What must be read together with the numbers."""
     yield (
-        "Accuracies of single trials stand with 95 % Wilson intervals: the luck of the test images. Means stand with the "
-        "standard deviation over seeds: the luck of the training."
+        "Accuracies of single trials stand with 95 % Wilson intervals: the luck of the test images. Means stand with "
+        "the standard deviation over seeds: the luck of the training."
     )
     if any(row["masking"] == "suspect" for row in sweep.rows):
         yield "Suspect: the masking checks failed; do not rely on these robust accuracies."

@@ -75,7 +75,8 @@ def _questions(sweep: Sweep) -> Iterator[tuple[str, Conditions]]:
 
 def _round_up(count: float) -> int:
     """To two digits, so that people can say it."""
-    power = 10 ** max(0, math.floor(math.log10(max(count, 1))) - 1)
+    digits = math.floor(math.log10(max(count, 1)))
+    power = int(10 ** max(0, digits - 1))
     return math.ceil(count / power) * power
 
 
@@ -109,7 +110,7 @@ def _answer(sweep: Sweep, question: str, conditions: Conditions, row: Row) -> An
     return Answer(
         question=question,
         trial=row["trial"],
-        label=sweep.labels.get(row["trial"], row["trial"]),
+        label=sweep.labels.get(row["trial"]) or row["trial"],
         robust=f"{text.percent(row[ROBUST])} %{interval}",
         flag="" if row["masking"] == "ok" else VERDICTS[row["masking"]],
         facts=tuple(facts),

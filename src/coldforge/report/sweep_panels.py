@@ -1,10 +1,10 @@
 """Static panels of a sweep: clean and robust accuracy against one axis, mean over seeds with standard deviations.
 
-One figure for each axis whose values have an order (:func:`coldforge.report.sweep_rows.positions`) and of which at least
-two were tried. The upper row is clean accuracy, the lower row robust accuracy in the worst case; one line for each kind
-of stage. The other axes make the columns: one for each combination of their values, at most :data:`MOST_COLUMNS`. Where
-there are more, the axes with the fewest values make the columns and the rest stay at the values of the most robust
-artifact, which the caption says.
+One figure for each axis whose values have an order (:func:`coldforge.report.sweep_rows.positions`) and of which at
+least two were tried. The upper row is clean accuracy, the lower row robust accuracy in the worst case; one line for
+each kind of stage. The other axes make the columns: one for each combination of their values, at most
+:data:`MOST_COLUMNS`. Where there are more, the axes with the fewest values make the columns and the rest stay at the
+values of the most robust artifact, which the caption says.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def _figure(
     kinds = [kind for kind in _STYLES if any(line.kind == kind for _, lines in columns for line in lines)]
     handles = [Line2D([], [], color=COLOURS[kind], label=KINDS[kind], **_look(kind)) for kind in kinds]
     if suspect:
-        cross = {"marker": "x", "linestyle": "", "markersize": 8, "markeredgewidth": 1.8}
+        cross: dict[str, Any] = {"marker": "x", "linestyle": "", "markersize": 8, "markeredgewidth": 1.8}
         handles.append(Line2D([], [], color=WRONG, label="suspect", **cross))
     figure.legend(
         handles=handles, loc="upper left", bbox_to_anchor=((left - 0.12) / width, 1), ncols=len(handles),
