@@ -80,7 +80,7 @@ def render_sweep(sweep: Sweep) -> str:
         "columns": measures(sweep),
         "ROBUST": ROBUST,
         "tables": {"single": singles, "mean": means},
-        "suspects": sum(entry.suspect for entry in singles),
+        "suspects": len({entry.trials for entry in singles if entry.suspect}),
         "panels": [(panel, base64.b64encode(panel.png).decode()) for panel in panels(sweep, mean_entries(sweep))],
         "waiting": _waiting(sweep),
     }
@@ -175,7 +175,10 @@ def _notes(sweep: Sweep) -> Iterator[str]:
         "the standard deviation over seeds: the luck of the training."
     )
     if any(row["masking"] == "suspect" for row in sweep.rows):
-        yield "Suspect: the masking checks failed; do not rely on these robust accuracies."
+        yield (
+            "Suspect: the masking checks failed; do not rely on these robust accuracies. The network that a suspect "
+            "file was exported from is called suspect like the file."
+        )
     if any(row["masking"] == "not_run" and ROBUST in row for row in sweep.rows):
         yield "Not checked: the masking checks were not run on this network; its robust accuracy is an upper bound."
     if any(not row["threat_model:box"] for row in sweep.rows):

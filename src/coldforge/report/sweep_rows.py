@@ -165,6 +165,7 @@ def _energy_mark(rows: Sequence[Row]) -> str:
 def single_entries(sweep: Sweep) -> list[Entry]:
     """One entry a stage of a trial."""
     shown = [*measures(sweep), *attack_measures(sweep)]
+    verdicts = _verdicts(sweep)
     return [
         Entry(
             point=tuple(row[axis] for axis in sweep.axes),
@@ -172,15 +173,21 @@ def single_entries(sweep: Sweep) -> list[Entry]:
             trials=(row["trial"],),
             label=row["label"],
             kind=kind_of(row["name"], row["label"]),
-            verdict=row["masking"],
-            cells={measure.key: _single(row, measure) for measure in shown},
+            verdict=verdict,
+            cells={measure.key: _single(row, measure, verdict) for measure in shown},
             spread={},
         )
-        for row in sweep.rows
+        for row, verdict in zip(sweep.rows, verdicts, strict=True)
     ]
 
 
-def _single(row: Row, measure: Measure) -> Cell:
+def _verdicts(sweep: Sweep) -> list[str]:
+    """For each row its masking verdict; the network that a suspect file was exported from is suspect like the file."""
+    files = {row["trial"] for row in sweep.rows if row["name"] == "artifact" and row["masking"] == "suspect"}
+    return ["suspect" if row["exported"] and row["trial"] in files else row["masking"] for row in sweep.rows]
+
+
+def _single(row: Row, measure: Measure, verdict: str) -> Cell:
     value = _number(row.get(measure.key))
     if value is None:
         return Cell(text.NONE, None)
@@ -189,15 +196,17 @@ def _single(row: Row, measure: Measure) -> Cell:
     detail = text.interval((low, high)) if low is not None and high is not None else ""
     if measure.key == "energy_j_per_image":
         detail = text.energy_mark(row["energy_method"])
-    return Cell(measure.write(value), value, detail, _flag(measure, row["masking"]))
+    return Cell(measure.write(value), value, detail, _flag(measure, verdict))
 
 
 def mean_entries(sweep: Sweep) -> list[Entry]:
     """One entry a stage of a point of the axes: means over seeds, with their standard deviations."""
     shown = [*measures(sweep), *attack_measures(sweep)]
     groups: dict[tuple[tuple[str, ...], str], list[Row]] = {}
-    for row in sweep.rows:
-        groups.setdefault((tuple(row[axis] for axis in sweep.axes), row["label"]), []).append(row)
+    for row, verdict in zip(sweep.rows, _verdicts(sweep), strict=True):
+        groups.setdefault((tuple(row[axis] for axis in sweep.axes), row["label"]), []).append(
+            {**row, "masking": verdict}
+        )
     entries = []
     for mean in over_seeds(sweep):
         rows = groups[mean.point, mean.stage]
@@ -278,7 +287,7 @@ def plot_data(sweep: Sweep, singles: Sequence[Entry], means: Sequence[Entry]) ->
         "axes": list(sweep.axes),
         "ordered": [axis for axis, values in values_of(sweep).items() if positions([v for v in values if v])],
         "values": values_of(sweep),
-        "kinds": KINDS,
+        "kinds": list(KINDS.items()),
         "verdicts": VERDICTS,
         "ys": [_axis(measure) for measure in ys],
         "xs": [_axis(measure) for measure in xs],

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from coldforge.errors import UsageError
-from coldforge.records import Record
+from coldforge.records import Record, StageRecord
 from coldforge.store import write_atomic
 from coldforge.sweep.run import RECORDS, SWEEP, Failure, load_failures
 from coldforge.sweep.spec import say
@@ -95,8 +95,15 @@ def _rows_of(folder: Path, trial: dict[str, Any], axes: Sequence[str]) -> Iterat
         raise UsageError(f"{path} is no record of coldforge (damaged?): {error}") from None
     head = {"trial": trial["id"], "seed": trial["seed"]} | {axis: say(trial["point"].get(axis, "")) for axis in axes}
     head |= {f"threat_model:{name}": value for name, value in record.threat_model.model_dump().items()}
+    deploy = record.recipe.get("deploy")
+    arm = deploy.get("arm") if isinstance(deploy, dict) else None
     for stage in record.stages:
-        yield head | flat(stage.model_dump(mode="json"))
+        yield head | {"exported": _is_exported(stage, arm)} | flat(stage.model_dump(mode="json"))
+
+
+def _is_exported(stage: StageRecord, arm: str | None) -> bool:
+    """Whether the artifact was exported from this network."""
+    return (stage.name == "compressed" and arm == "none") or (stage.name == "tuned" and f"{arm}ly" in stage.label)
 
 
 def flat(stage: dict[str, Any]) -> Row:

@@ -48,10 +48,12 @@
 
   // --- colours ---------------------------------------------------------------------------------------------------
 
+  const kinds = new Map(data.kinds);
+
   function colouring() {
     const name = byId("colour").value;
     if (!name) {
-      return { names: Object.keys(data.kinds), words: (k) => data.kinds[k], of: (e) => e.kind, colour: (k) => css("--" + k) };
+      return { names: [...kinds.keys()], words: (k) => kinds.get(k), of: (e) => e.kind, colour: (k) => css("--" + k) };
     }
     const place = data.axes.indexOf(name);
     const values = data.values[name];
@@ -89,6 +91,15 @@
     if (x.key !== "clean_accuracy") { lines.push(escapeText(x.title) + " " + escapeText(entry.shown[x.key])); }
     lines.push("trial " + escapeText(entry.trials.replace(/((?:[^,]+, ){3})/g, "$1\n")).replace(/\n/g, "<br>"));
     return lines.join("<br>");
+  }
+
+  // 1, 2 and 5 times powers of ten, for a logarithmic axis that people can read.
+  function ticks(low, high) {
+    const found = [];
+    for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high) + 1; power += 1) {
+      [1, 2, 5].forEach((step) => found.push(Number((step * 10 ** power).toPrecision(1))));
+    }
+    return { type: "log", tickvals: found, ticktext: found.map((v) => v.toLocaleString("en", { maximumSignificantDigits: 1 })) };
   }
 
   function draw(shown) {
@@ -140,7 +151,7 @@
       hovermode: "closest", dragmode: small ? false : "zoom", paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: FONT, color: css("--ink") },
       hoverlabel: { bgcolor: css("--surface"), bordercolor: css("--rule"), font: { color: css("--ink"), size: 12 }, align: "left" },
-      xaxis: axis(x.title + ", " + x.unit + (wide ? " (logarithmic)" : ""), wide ? { type: "log", dtick: "D2" } : { type: "linear" }),
+      xaxis: axis(x.title + ", " + x.unit + (wide ? " (logarithmic)" : ""), wide ? ticks(Math.min(...all), Math.max(...all)) : { type: "linear" }),
       yaxis: axis(y.title + ", %"),
     }, { displayModeBar: false, displaylogo: false });
 
