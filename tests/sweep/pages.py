@@ -42,7 +42,7 @@ def record_of(base: Record, trial) -> Record:
         dense = name == "baseline"
         macs = 9_640_000 if dense else 9_640_000 * (1 - ratio) ** 2
         packed = 2_200_000 if dense else 2_200_000 * (1 - ratio) ** 2 * bits / 32
-        clean, robust = clean + luck(label), max(0.0, robust + (luck(label + "r") if robust else 0))
+        clean, robust = max(0.1, clean + luck(label)), max(0.0, robust + (luck(label + "r") if robust else 0))
         robusts = {"fgsm": robust + 0.04, "pgd-20": robust, "worst_case": robust}
         n = 10_000
         fields = {

@@ -49,20 +49,29 @@
   // --- colours ---------------------------------------------------------------------------------------------------
 
   const kinds = new Map(data.kinds);
+  const parts = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
+
+  // Between two colours, #rrggbb.
+  function mixed(from, to, share) {
+    const ends = parts(to);
+    return "rgb(" + parts(from).map((v, i) => Math.round(v + (ends[i] - v) * share)).join(",") + ")";
+  }
 
   function colouring() {
     const name = byId("colour").value;
     if (!name) {
-      return { names: [...kinds.keys()], words: (k) => kinds.get(k), of: (e) => e.kind, colour: (k) => css("--" + k) };
+      return { title: "", names: [...kinds.keys()], words: (k) => kinds.get(k), of: (e) => e.kind, colour: (k) => css("--" + k) };
     }
     const place = data.axes.indexOf(name);
     const values = data.values[name];
     const colour = (value) => {
       const i = values.indexOf(value);
       if (!data.ordered.includes(name)) { return UNORDERED[i % UNORDERED.length]; }
-      return css(ORDERED[Math.round(i / Math.max(1, values.length - 1) * (ORDERED.length - 1))]);
+      if (!value) { return css("--muted"); }
+      const place = i / Math.max(1, values.length - 1) * (ORDERED.length - 1);
+      return mixed(css(ORDERED[Math.floor(place)]), css(ORDERED[Math.ceil(place)]), place % 1);
     };
-    return { names: values, words: (v) => name + " " + (v || "not set"), of: (e) => e.point[place], colour };
+    return { names: values, title: name, words: (v) => v || "not set", of: (e) => e.point[place], colour };
   }
 
   function key(marker, colour, words) {
@@ -156,11 +165,13 @@
     }, { displayModeBar: false, displaylogo: false });
 
     const used = new Set(points.filter((p) => p.entry.verdict !== "suspect").map((p) => colours.of(p.entry)));
+    const title = document.createElement("b");
+    title.textContent = colours.title;
     const keys = colours.names.filter((name) => used.has(name)).map((name) => key("dot", colours.colour(name), colours.words(name)));
     keys.push(key("line", css("--accent"), "Pareto-optimal"));
     if (points.some((p) => p.entry.verdict === "not_run")) { keys.push(key("ring", css("--muted"), "masking not checked")); }
     if (points.some((p) => p.entry.verdict === "suspect")) { keys.push(key("cross", bad, "suspect")); }
-    byId("legend").replaceChildren(...keys);
+    byId("legend").replaceChildren(...(colours.title ? [title] : []), ...keys);
     rows[mode()].forEach((row) => row.classList.toggle("front", onFront.has(row)));
     node.points = points;
     return { count: points.length, front: front.length, without: shown.length - points.length, x, y };
