@@ -527,9 +527,10 @@ def test_in_chromium_points_tell_what_they_are(sweep, source, tmp_path, dump):
     """
     found = probed(dump, tmp_path, source, hover)["hover"]
     row = next(row for row in sweep.rows if row["masking"] == "suspect")
+    interval = text.interval((row["robust:low"], row["robust:high"]))
     for words in (
         row["label"], "prune.ratio 0.7", "bits 4", "seed 0", "masking verdict: suspect", row["trial"],
-        f"{text.percent(row['robust:worst_case'])} {text.interval((row['robust:low'], row['robust:high']))} % SUSPECT",
+        f"{text.percent(row['robust:worst_case'])} ({interval}) % SUSPECT",
         f"clean {text.percent(row['clean_accuracy'])}", "latency of one image (ONNX Runtime) 63.4 µs",
     ):  # fmt: skip
         assert words in found, words

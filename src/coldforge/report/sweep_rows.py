@@ -316,5 +316,11 @@ def _described(keys: Sequence[str], entry: Entry) -> dict[str, Any]:
         "verdict": entry.verdict,
         "values": {key: cell.value for key, cell in cells.items()},
         "spread": {key: entry.spread[key] for key in cells if key in entry.spread},
-        "shown": {key: " ".join(filter(None, (cell.text, cell.detail))) for key, cell in cells.items()},
+        "shown": {key: _in_a_line(cell) for key, cell in cells.items()},
     }
+
+
+def _in_a_line(cell: Cell) -> str:
+    if not cell.detail:
+        return cell.text
+    return f"{cell.text} {cell.detail}" if cell.detail.startswith("±") else f"{cell.text} ({cell.detail})"
