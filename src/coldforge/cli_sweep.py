@@ -80,7 +80,7 @@ def sweep(
     write_tables(results)
     page = draw_sweep(folder)
     if json:
-        print_json({"rows": results.rows, "failed": state.lost})
+        print_json({"rows": results.rows, "failed": state.lost, "report": str(page)})
     else:
         print_sweep(results, state, page)
     return 1 if state.failures else 0
