@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from browser import document_of, find_chromium
 
 # Before torch is imported by any test: xdist runs one process per core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -31,3 +34,13 @@ def same_weights_every_time() -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def dump(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], str]:
+    """The document of a local page after its scripts ran, from headless Chromium."""
+    binary = find_chromium()
+    if binary is None:
+        pytest.skip("no Chromium found: install the package chromium, or name the binary in COLDFORGE_CHROMIUM")
+    profile = tmp_path_factory.mktemp("chromium")
+    return lambda page: document_of(binary, page, profile)

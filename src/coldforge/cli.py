@@ -165,12 +165,14 @@ def _store() -> Store:
     return Store()
 
 
-@app.command(help_epilogue="Example:\n\ncoldforge report coldforge-quickstart")
+@app.command(help_epilogue="Examples:\n\ncoldforge report coldforge-quickstart\n\ncoldforge report sweep-my-sweep")
 def report(folder: Path, /) -> None:
-    """Draw the page of a run (report.html) or of an evaluation (evaluation.html) again, from its record.
+    """Draw the page of a run or a sweep (report.html) or of an evaluation (evaluation.html) again, from its records.
+
+    A sweep that is still under way, or was stopped, has a page too: of the trials that are finished.
 
     Args:
-        folder: where a run has left its record.json, or an evaluation its evaluation.json.
+        folder: where a run has left its record.json, an evaluation its evaluation.json, or a sweep its sweep.json.
     """
     from coldforge.report.folder import draw_any
 

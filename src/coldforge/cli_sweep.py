@@ -42,14 +42,15 @@ def sweep(
     """Make every trial of a sweep; stages that trials share are made once.
 
     Stop with Ctrl-C, or kill it, whenever you like: the same command continues. A trial that fails is kept with its
-    error and the rest goes on; the exit code is then 1.
+    error and the rest goes on; the exit code is then 1. At the end report.html in the folder shows all trials: a plot
+    and a table to sort and filter, and the best trial for each question.
 
     Args:
         file: a TOML file: a recipe, axes, seeds (docs/sweeps.md).
         executor: who does the work: this process, processes of this machine, or a Ray cluster (coldforge[ray]).
         workers: trials at a time; 0: the processors divided by the threads of a trial.
         address: of a Ray cluster; without it a local one is started.
-        out: folder for the records and the table; default ./sweep-NAME.
+        out: folder for the records, the table and report.html; default ./sweep-NAME.
         retry_failed: try again what failed before.
         dry_run: only show the trials, what is shared, what is there already and what the rest will take.
         json: print as JSON.
@@ -57,6 +58,7 @@ def sweep(
     """
     from coldforge.console import print_json
     from coldforge.console_sweep import SweepListener, print_plan, print_sweep
+    from coldforge.report.sweep import draw_sweep
     from coldforge.store import Store
     from coldforge.sweep import RecipeWorkshop, conduct, expand, load_sweep, make_executor, survey
     from coldforge.sweep.plan import plan_of
@@ -76,10 +78,11 @@ def sweep(
         conduct(state, workshop, hands, folder, retry_failed=retry_failed, listener=listener)
     results = load_results(folder)
     write_tables(results)
+    page = draw_sweep(folder)
     if json:
-        print_json({"rows": results.rows, "failed": state.lost})
+        print_json({"rows": results.rows, "failed": state.lost, "report": str(page)})
     else:
-        print_sweep(results, state)
+        print_sweep(results, state, page)
     return 1 if state.failures else 0
 
 

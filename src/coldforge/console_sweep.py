@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -121,8 +122,8 @@ def print_plan(plan: Plan) -> None:
     sys.stdout.write(f"about {about(plan.seconds_left)} of one worker are left\n")
 
 
-def print_sweep(results: Sweep, state: State) -> None:
-    """The artifacts, means over seeds, and what failed."""
+def print_sweep(results: Sweep, state: State, page: Path) -> None:
+    """The artifacts, means over seeds, what failed, and what was written."""
     found = [mean for mean in over_seeds(results) if mean.stage.startswith("artifact")]
     rows = [
         (
@@ -145,6 +146,7 @@ def print_sweep(results: Sweep, state: State) -> None:
             f"shared stages: {100 * share:.0f} % of the multiply-adds that independent trials would take\n"
         )
     sys.stdout.write(f"Written: {results.folder}/table.csv, table.parquet, records/\n")
+    sys.stdout.write(f"Look at: {page}\n")
 
 
 def _with_spread(mean: dict[str, float], spread: dict[str, float], name: str) -> str:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from browser import find_chromium
 from coldforge.errors import StoreError
 from coldforge.records import AgreementRecord, MaskingRecord, Record
 from coldforge.report.examples import Examples
@@ -210,33 +208,6 @@ def test_write_report(make_record: Make, make_examples: Callable[..., Examples],
 # --- in a browser ----------------------------------------------------------------------------------------------------
 
 
-def _chromium() -> str | None:
-    named = os.environ.get("COLDFORGE_CHROMIUM")
-    if named:
-        return named
-    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.fixture(scope="session")
-def dump(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], str]:
-    """The document of a local page after its scripts ran, from headless Chromium."""
-    binary = _chromium()
-    if binary is None:
-        pytest.skip("no Chromium found: install the package chromium, or name the binary in COLDFORGE_CHROMIUM")
-    profile = tmp_path_factory.mktemp("chromium")
-
-    def run(page: Path) -> str:
-        command = [
-            binary, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            "--disable-dev-shm-usage", f"--user-data-dir={profile}", "--window-size=1280,900",
-            "--virtual-time-budget=5000", "--dump-dom", page.as_uri(),
-        ]  # fmt: skip
-        return subprocess.run(command, capture_output=True, check=True, timeout=120).stdout.decode()
-
-    return run
-
-
 PROBE = """<script>addEventListener("load", () => setTimeout(() => {
   const e = document.documentElement;
   parent.postMessage([e.scrollWidth, innerWidth, document.querySelectorAll("#tradeoff .main-svg").length,
@@ -296,6 +267,6 @@ def test_in_chromium_the_body_never_scrolls_sideways(
 def test_missing_chromium_is_a_skip_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLDFORGE_CHROMIUM", raising=False)
     monkeypatch.setenv("PATH", "")
-    assert _chromium() is None
+    assert find_chromium() is None
     monkeypatch.setenv("COLDFORGE_CHROMIUM", "/opt/browser")
-    assert _chromium() == "/opt/browser"
+    assert find_chromium() == "/opt/browser"

@@ -76,6 +76,10 @@ def test_the_same_call_again_computes_nothing(swept, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "prune.ratio" in out
     assert "of the multiply-adds that independent trials would take" in out
+    assert f"Look at: {folder / 'out' / 'report.html'}" in out
+    page = (folder / "out" / "report.html").read_text(encoding="utf-8")
+    assert "two widths" in page
+    assert f"coldforge pick {folder / 'out'}" in page
     rows = (folder / "out" / "table.csv").read_text(encoding="utf-8").splitlines()
     assert len(rows) == 1 + 2 * 4  # baseline, compressed, tuned, artifact
 

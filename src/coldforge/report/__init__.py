@@ -8,5 +8,6 @@ This layer reads only records (:mod:`coldforge.records`) and an examples file; n
     plots       static figures: adversarial.png and the trade-off
     charts      the interactive trade-off plot and the inline SVG curves of the page
     html        report.html
+    sweep       report.html of a sweep, from sweep_rows (what it shows), sweep_answers and sweep_panels
     evaluation  the table, the sentences and evaluation.html of one ``coldforge evaluate``
 """

@@ -1,4 +1,4 @@
-"""The report of a run's folder: drawn from record.json and gallery.safetensors, and from nothing else."""
+"""The report of a folder: drawn from the records and the gallery in it, and from nothing else."""
 
 from __future__ import annotations
 
@@ -30,15 +30,22 @@ def draw(folder: str | Path) -> Path:
 
 
 def draw_any(folder: str | Path) -> Path:
-    """Draw the page of whatever the folder holds: a run, or an evaluation; returns its path.
+    """Draw the page of whatever the folder holds: a run, an evaluation, or a sweep; returns its path.
 
     Raises:
-        UsageError: it holds neither.
+        UsageError: it holds none of them.
         StoreError: the folder cannot be written.
     """
     folder = Path(folder)
-    is_evaluation = (folder / "evaluation.json").is_file() and not (folder / "record.json").is_file()
-    return draw_evaluation(folder) if is_evaluation else draw(folder)
+    if (folder / "record.json").is_file():
+        return draw(folder)
+    if (folder / "evaluation.json").is_file():
+        return draw_evaluation(folder)
+    if (folder / "sweep.json").is_file():
+        from coldforge.report.sweep import draw_sweep  # brings torch with it, which the other pages do without
+
+        return draw_sweep(folder)
+    return draw(folder)  # says what it expected
 
 
 def _examples(path: Path, record: Record) -> Examples | None:

@@ -95,7 +95,7 @@ def render_report(record: Record, examples_png: bytes | None = None) -> str:
         "several_n": len({item.n for item in record.stages}) > 1,
         "kinds": {item.label: kind(item) for item in record.stages},
         "tradeoff": tradeoff_data(record),
-        "plotly": _plotly(),
+        "plotly": plotly_source(),
         "examples_png": base64.b64encode(examples_png).decode() if examples_png else "",
         "bars": _bars(stage),
         "curves": [_curves(item) for item in record.stages if item.curve],
@@ -175,7 +175,7 @@ def environment() -> Environment:
     return made
 
 
-def _plotly() -> Markup:
+def plotly_source() -> Markup:
     """The source of plotly.js; safe inside a script element."""
     from plotly.offline import get_plotlyjs
 

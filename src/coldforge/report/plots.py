@@ -37,12 +37,18 @@ COLOURS: dict[str, str] = {
 
 def kind(stage: StageRecord) -> str:
     """The key of :data:`COLOURS` for a stage."""
-    if stage.name != "tuned":
-        return stage.name
-    return "natural" if "natural" in stage.label and "adversarial" not in stage.label else "adversarial"
+    return kind_of(stage.name, stage.label)
 
 
-def _png(figure: Figure, dpi: int) -> bytes:
+def kind_of(name: str, label: str) -> str:
+    """The same from a stage's name and label."""
+    if name != "tuned":
+        return name
+    return "natural" if "natural" in label and "adversarial" not in label else "adversarial"
+
+
+def to_png(figure: Figure, dpi: int) -> bytes:
+    """The figure as PNG; the same bytes each time."""
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
@@ -100,7 +106,7 @@ def adversarial_figure(examples: Examples, *, max_images: int = 8) -> bytes:
     for column in range(count):
         center = left + (column + 0.5) * cell
         name = examples.classes[int(examples.labels[column])]
-        write(center, top + label_h / 2, _short(name), ha="center", weight="bold")
+        write(center, top + label_h / 2, short(name), ha="center", weight="bold")
         _draw(at(column, top), examples.clean[column])
     y = top - cell
     for network in networks:
@@ -112,7 +118,7 @@ def adversarial_figure(examples: Examples, *, max_images: int = 8) -> bytes:
             f"{int((on_adversarial == truth).sum())} of {count} attacked"
         )
         figure.add_artist(_rule(0.1 / width, 1 - 0.08 / width, (y + block_head - 0.06) / height))
-        write(0.1, y + 0.13, _short(network, 60), weight="bold", fontsize=9.5)
+        write(0.1, y + 0.13, short(network, 60), weight="bold", fontsize=9.5)
         write(width - 0.1, y + 0.13, scores, ha="right", color=MUTED, fontsize=8)
         delta = examples.adversarial[network][:count] - examples.clean[:count]
         reach = examples.eps if examples.norm == "linf" else float(np.abs(delta).max()) or examples.eps
@@ -131,14 +137,14 @@ def adversarial_figure(examples: Examples, *, max_images: int = 8) -> bytes:
                 write(
                     center,
                     y - 2 * cell - 0.08 - 0.17 * line,
-                    f"{'✓' if good else '✗'} {_short(examples.classes[int(answer)], 13)}",
+                    f"{'✓' if good else '✗'} {short(examples.classes[int(answer)], 13)}",
                     ha="center",
                     color=RIGHT if good else WRONG,
                     fontsize=8 if line else 7.5,
                     weight="bold" if line else "normal",
                 )
         y -= 2 * cell + answers
-    return _png(figure, dpi=150)
+    return to_png(figure, dpi=150)
 
 
 def _rule(x0: float, x1: float, y: float) -> Any:
@@ -155,7 +161,7 @@ def _draw(axes: Any, image: NDArray[np.float32]) -> None:
         axes.imshow(shown.transpose(1, 2, 0), interpolation="nearest")
 
 
-def _short(name: str, longest: int = 15) -> str:
+def short(name: str, longest: int = 15) -> str:
     """A name that fits; dollar signs are escaped, they would start mathematics."""
     cut = name if len(name) <= longest else name[: longest - 1] + "…"
     return cut.replace("$", r"\$")
@@ -297,7 +303,7 @@ def tradeoff_figure(record: Record) -> bytes:
     boxes = place_labels(centers, radii, [(6.6 * len(p.label) + 4, 14.0) for p in points], inner, arrows)
     for point, (x, y), (cx, cy), radius in zip(points, boxes, centers, radii, strict=True):
         axes.annotate(
-            _short(point.label, 40),
+            short(point.label, 40),
             xy=(x / inner[0], y / inner[1]),
             xycoords="axes fraction",
             ha="center",
@@ -309,7 +315,7 @@ def tradeoff_figure(record: Record) -> bytes:
             path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )
         _leader(axes, (x, y), (cx, cy), radius, 3.05 * len(point.label), inner)
-    return _png(figure, dpi=dpi * 2)
+    return to_png(figure, dpi=dpi * 2)
 
 
 def _leader(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from coldforge.errors import UsageError
 from coldforge.sweep.graph import counts_by_kind
-from coldforge.sweep.run import SWEEP, State
+from coldforge.sweep.run import ADDED, SWEEP, State
 from coldforge.sweep.spec import SweepSpec, Trial, expand
 
 
@@ -69,8 +69,8 @@ def trial_of(folder: Path, name: str) -> Trial:
         UsageError: the folder does not hold it (any more).
     """
     content = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
-    content.pop("trials")
-    for trial in expand(SweepSpec.model_validate(content)):
+    written = {key: value for key, value in content.items() if key not in ADDED}
+    for trial in expand(SweepSpec.model_validate(written)):
         if trial.id == name:
             return trial
     raise UsageError(f"{folder}: expected the trial {name}, found none; the sweep's recipe file has changed")

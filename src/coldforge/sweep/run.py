@@ -3,10 +3,11 @@
 Everything that it knows stands in the store and in the sweep's folder, so a sweep that was killed is continued by the
 same call: stages that are there are not made again, and a failed one is not tried again unless that is asked for.
 
-    <out>/sweep.json       the file as it was read, and every trial with its point
+    <out>/sweep.json       the file as it was read, every trial with its point, and what sharing saves
     <out>/records/ID.json  one record a finished trial
     <out>/failures.json    what failed, with its traceback
     <out>/table.parquet    one row a stage, and table.csv
+    <out>/report.html      all of it to look at
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from coldforge.sweep.graph import EXCLUSIVE, Graph, Workshop
 from coldforge.sweep.spec import SweepSpec, Trial
 
 SWEEP, RECORDS, FAILURES = "sweep.json", "records", "failures.json"
+ADDED = ("trials", "stages")
+"""Keys of ``sweep.json`` that are not of the sweep's file."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Failure:
     label: str
     error: str
     details: str
+    trials: tuple[str, ...] = ()
+    """Ids of those that cannot be finished because of it; filled in where it is written."""
 
 
 @dataclass
@@ -59,12 +64,17 @@ class State:
     @property
     def lost(self) -> dict[str, str]:
         """Trials that cannot be finished, to why."""
+        return {trial: f"{self.failures[key].label}: {self.failures[key].error}" for trial, key in self.guilty.items()}
+
+    @property
+    def guilty(self) -> dict[str, str]:
+        """Trials that cannot be finished, to the first stage that failed them."""
         blame = self.graph.blocked_by(self.failures)
         found = {}
         for trial, keys in zip(self.trials, self.graph.needed, strict=True):
-            guilty = next((blame[key] for key in keys if key in blame), None)
-            if guilty is not None:
-                found[trial.id] = f"{self.failures[guilty].label}: {self.failures[guilty].error}"
+            key = next((blame[key] for key in keys if key in blame), None)
+            if key is not None:
+                found[trial.id] = key
         return found
 
 
@@ -172,7 +182,7 @@ class _Conductor:
         del state.running[key]
         if outcome.error:
             state.failures[key] = Failure(task.label, outcome.error, outcome.details)
-            _write_failures(self._out, state.failures)
+            _write_failures(self._out, state)
             return
         state.done.add(key)
         seconds, work = state.spent.get(task.kind, (0.0, 0.0))
@@ -223,9 +233,16 @@ def _prepare(state: State, out: Path) -> None:
             {"id": trial.id, "label": trial.label, "point": dict(trial.point), "seed": trial.seed}
             for trial in state.trials
         ]
-        content = {**state.spec.model_dump(mode="json"), "trials": trials}
+        graph = state.graph
+        stages = {
+            "distinct": len(graph.tasks),
+            "alone": sum(map(len, graph.needed)),
+            "macs": graph.macs,
+            "macs_alone": graph.macs_alone,
+        }
+        content = {**state.spec.model_dump(mode="json"), "trials": trials, "stages": stages}
         write_atomic(before, json.dumps(content, indent=1, default=str) + "\n")
-        _write_failures(out, state.failures)
+        _write_failures(out, state)
     except OSError as error:
         raise StoreError(f"cannot write the sweep into {out}: {error.strerror or error}") from error
 
@@ -236,10 +253,13 @@ def load_failures(out: Path) -> dict[str, Failure]:
     if not path.is_file():
         return {}
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return {key: Failure(**values) for key, values in found.items()}
+    return {key: Failure(**{**values, "trials": tuple(values.get("trials", ()))}) for key, values in found.items()}
 
 
-def _write_failures(out: Path, failures: dict[str, Failure]) -> None:
-    if failures or (out / FAILURES).exists():
-        content = {key: asdict(failure) for key, failure in failures.items()}
+def _write_failures(out: Path, state: State) -> None:
+    if state.failures or (out / FAILURES).exists():
+        lost: dict[str, list[str]] = {}
+        for trial, key in state.guilty.items():
+            lost.setdefault(key, []).append(trial)
+        content = {key: {**asdict(failure), "trials": lost.get(key, [])} for key, failure in state.failures.items()}
         write_atomic(out / FAILURES, json.dumps(content, indent=1) + "\n")

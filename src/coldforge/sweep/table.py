@@ -8,14 +8,14 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from coldforge.errors import UsageError
-from coldforge.records import Record
+from coldforge.records import Record, StageRecord
 from coldforge.store import write_atomic
-from coldforge.sweep.run import RECORDS, SWEEP
+from coldforge.sweep.run import RECORDS, SWEEP, Failure, load_failures
 from coldforge.sweep.spec import say
 
 PARQUET, CSV = "table.parquet", "table.csv"
@@ -44,6 +44,17 @@ class Sweep:
     rows: tuple[Row, ...]
     trials: int
     """How many there are, finished or not."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """Trial to its label, finished or not."""
+    seeds: tuple[int, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    stages: dict[str, float] = field(default_factory=dict)
+    """How many stages are distinct, how many the trials alone would take, macs and macs_alone; empty if not written."""
+
+    @property
+    def finished(self) -> tuple[str, ...]:
+        """Trials that have a record."""
+        return tuple(dict.fromkeys(row["trial"] for row in self.rows))
 
 
 def load_results(folder: str | Path) -> Sweep:
@@ -60,7 +71,18 @@ def load_results(folder: str | Path) -> Sweep:
         raise UsageError(f"expected a folder that `coldforge sweep` wrote, found none at {folder}: {error}") from None
     axes = tuple(dict.fromkeys(axis for trial in trials for axis in trial["point"]))
     rows = [row for trial in trials for row in _rows_of(folder, trial, axes)]
-    return Sweep(folder, sweep["name"], sweep["description"], axes, tuple(rows), len(trials))
+    return Sweep(
+        folder,
+        sweep["name"],
+        sweep["description"],
+        axes,
+        tuple(rows),
+        len(trials),
+        labels={trial["id"]: trial["label"] for trial in trials},
+        seeds=tuple(sorted({trial["seed"] for trial in trials})),
+        failures=tuple(load_failures(folder).values()),
+        stages=sweep.get("stages", {}),
+    )
 
 
 def _rows_of(folder: Path, trial: dict[str, Any], axes: Sequence[str]) -> Iterator[Row]:
@@ -72,8 +94,16 @@ def _rows_of(folder: Path, trial: dict[str, Any], axes: Sequence[str]) -> Iterat
     except ValueError as error:
         raise UsageError(f"{path} is no record of coldforge (damaged?): {error}") from None
     head = {"trial": trial["id"], "seed": trial["seed"]} | {axis: say(trial["point"].get(axis, "")) for axis in axes}
+    head |= {f"threat_model:{name}": value for name, value in record.threat_model.model_dump().items()}
+    deploy = record.recipe.get("deploy")
+    arm = deploy.get("arm") if isinstance(deploy, dict) else None
     for stage in record.stages:
-        yield head | flat(stage.model_dump(mode="json"))
+        yield head | {"exported": _is_exported(stage, arm)} | flat(stage.model_dump(mode="json"))
+
+
+def _is_exported(stage: StageRecord, arm: str | None) -> bool:
+    """Whether the artifact was exported from this network."""
+    return (stage.name == "compressed" and arm == "none") or (stage.name == "tuned" and f"{arm}ly" in stage.label)
 
 
 def flat(stage: dict[str, Any]) -> Row:
