@@ -170,6 +170,10 @@ class ComputeSpec(Spec):
     """Training precision; auto is bf16 where the CPU computes it in hardware. Verdicts are always fp32."""
     device: Literal["cpu"] = "cpu"
     """Where to train; the CPU is the only choice so far."""
+    devices: int = Field(default=1, ge=1)
+    """Processes of each machine that train one network together and share its threads; in the keys of trainings only."""
+    num_nodes: int = Field(default=1, ge=1)
+    """Machines that train one network together, started by torchrun or SLURM; in the keys of trainings only."""
 
 
 class Recipe(Spec):
