@@ -34,7 +34,7 @@ class _Sum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return _Sum.forward(ctx, gradient.contiguous())
 
 
@@ -48,7 +48,7 @@ def _forward(self: _BatchNorm, x: Tensor) -> Tensor:
         var, mean = torch.var_mean(values, dims, correction=0)
         rows = values.new_zeros(distributed.get_world_size(), 2 * len(mean) + 1)
         rows = rows.index_put((torch.tensor(distributed.get_rank()),), torch.cat([mean, var, count]))
-        rows = _Sum.apply(rows)
+        rows = _Sum.apply(rows)  # type: ignore[no-untyped-call]
         means, variances = rows[:, :-1].chunk(2, 1)
         counts = rows[:, -1:].detach()
         total = counts.sum()
@@ -57,10 +57,11 @@ def _forward(self: _BatchNorm, x: Tensor) -> Tensor:
         _remember(self, mean.detach(), var.detach() * total / (total - 1))
         shape = (1, -1, *[1] * (x.ndim - 2))
         scale = (var + self.eps).rsqrt()
-        if self.weight is not None:
-            scale = scale * self.weight
-        shift = -mean * scale if self.bias is None else self.bias - mean * scale
-        return (values * scale.view(shape) + shift.view(shape)).to(x.dtype)
+        shift = -mean * scale
+        if self.affine:
+            scale, shift = scale * self.weight, shift * self.weight + self.bias
+        result: Tensor = (values * scale.view(shape) + shift.view(shape)).to(x.dtype)
+        return result
 
 
 @torch.no_grad()

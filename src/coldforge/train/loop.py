@@ -274,7 +274,7 @@ class _Attempt:
         attacked = self._attacked(step, batch, labels, indices, targets)
         network.train()
         with torch.random.fork_rng(devices=[]), whole_batch(network, self._world):
-            torch.manual_seed(_seed(self._seed, "forward", step, *[self._world.rank] * bool(self._world.rank)))  # dropout
+            torch.manual_seed(_seed(self._seed, "forward", step, *self._world.apart))  # for dropout
             loss = self._objective.loss(self._wrapped, images, attacked, targets) * part
             self._optimizer.zero_grad(set_to_none=True)
             if spec.awp and attacked is not None:

@@ -33,6 +33,9 @@ from coldforge.train.world import LostError, World
 
 T = TypeVar("T")
 
+START_S = 600.0
+"""How long a helper may take to start."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -101,16 +104,20 @@ class Team:
     """
 
     def __init__(self, compute: ComputeSpec | None = None) -> None:
-        compute = placed(compute or ComputeSpec()) if compute and compute.devices * compute.num_nodes > 1 else None
-        self._devices = compute.devices if compute else 1
-        self._nodes = compute.num_nodes if compute else 1
+        compute = compute or ComputeSpec()
+        several = compute.devices * compute.num_nodes > 1
+        if several:
+            compute = placed(compute)
+        self._devices, self._nodes = compute.devices, compute.num_nodes
         self._world = World()
         self._helpers: list[Any] = []  # multiprocessing.context.SpawnProcess
         self.used = False
         """Whether there was anything to do for more than one process."""
-        where = launched() if compute else None
+        where = launched() if several else None
         if where is not None and where.rank:
-            raise UsageError(f"rank {where.rank} of {where.by}: expected `coldforge run`, whose other ranks help rank 0")
+            raise UsageError(
+                f"rank {where.rank} of {where.by}: expected `coldforge run`, whose other ranks help rank 0"
+            )
         if where is not None:  # the others wait already
             self._world = _join(self._devices, self._nodes)
 
@@ -172,7 +179,7 @@ class Team:
             helper.start()
             theirs.close()
             self._helpers.append(helper)
-            if not wait([ours], worlds.PATIENCE_S) or not _says_ready(ours):
+            if not wait([ours], START_S) or not _says_ready(ours):
                 helper.join(5)
                 raise TrainingError(
                     f"--devices: a helping process did not start (exit code {helper.exitcode}). A script that asks for "
@@ -206,6 +213,8 @@ def help_out(compute: ComputeSpec) -> None:
 def _help(rank: int, size: int, port: int, pipe: Connection) -> None:
     """The life of a helper that was started here. Ctrl-C is rank 0's business, and so is every message."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import lightning_fabric  # noqa: F401 - takes long, so before the others wait
+
     pipe.send("ready")
     try:
         _serve(_join(size, 1, LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)))
@@ -223,7 +232,10 @@ def _says_ready(pipe: Connection) -> bool:
 
 
 def _serve(world: World) -> None:
-    while (packed := world.from_first(None)) is not None:
+    while True:
+        packed: bytes | None = world.from_first(None)
+        if packed is None:
+            break
         task, problem = None, ""
         try:
             task = _unpacked(packed)
@@ -270,9 +282,13 @@ def _unpacked(packed: bytes) -> _Task:
 def _join(devices: int, nodes: int, **variables: str) -> World:
     """Meet the other processes, where the environment or ``variables`` say; blocks until all are there."""
     from lightning_fabric import Fabric
-    from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
-    from lightning_fabric.strategies import DDPStrategy
+    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+    from lightning_fabric.strategies.ddp import DDPStrategy
 
+    if distributed.is_initialized():
+        raise UsageError("devices: expected a process of its own, got one that is in another torch.distributed world")
     logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
     strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=worlds.PATIENCE_S))
     outside = None if variables else launched()

@@ -46,6 +46,11 @@ class World:
         self.size: int = fabric.world_size if fabric else 1
         self._patient: Any = distributed.new_group(timeout=_FOREVER, backend="gloo") if fabric else None
 
+    @property
+    def apart(self) -> tuple[int, ...]:
+        """What keeps random numbers that are drawn for a share only apart from those of other processes."""
+        return (self.rank,) if self.rank else ()
+
     def share(self, n: int) -> slice:
         """Which of the ``n`` images of a batch are this process's; shares differ by at most one image."""
         return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
@@ -56,7 +61,7 @@ class World:
             return
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         with answering():
-            flat = self._fabric.all_reduce(flat, reduce_op="sum")
+            distributed.all_reduce(flat)
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(total.view(tensor.shape))
 
@@ -74,10 +79,10 @@ class World:
         """The value that rank 0 gives, everywhere. The others wait for it as long as it takes."""
         if self._fabric is None:
             return value
-        box = [value]
+        box: list[Any] = [value]
         with answering():
             distributed.broadcast_object_list(box, src=0, group=self._patient)
-        return box[0]
+        return box[0]  # type: ignore[no-any-return]
 
     def agree(self, decide: Callable[[], T], refusal: type[Exception]) -> T:
         """What rank 0 decides, everywhere; if it raises ``refusal``, all do."""
