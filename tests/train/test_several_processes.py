@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -218,6 +220,42 @@ def test_more_than_there_is():
         teams.placed(ComputeSpec(num_nodes=2))
     with pytest.raises(UsageError, match=r"expected at most .* processors here, got 100000"):
         Team(ComputeSpec(devices=100000))
+
+
+SCRIPT = """
+import torch
+from torch import nn
+from coldforge.attacks import ThreatModel
+from coldforge.data import from_arrays
+from coldforge.recipe import ComputeSpec, TrainSpec
+from coldforge.train import gathered, help_out, launched, placed, train
+
+draw = torch.Generator().manual_seed(0)
+images, labels = torch.rand(40, 1, 4, 4, generator=draw), torch.arange(40) % 2
+data = from_arrays(images, labels, images, labels, validation=10)
+torch.manual_seed(0)
+network = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)).eval()
+here = launched()
+if here is not None and here.rank:
+    help_out(ComputeSpec())
+else:
+    with gathered(placed(ComputeSpec())) as team:
+        found = team.call(train, network, data, TrainSpec(epochs=2, batch_size=10), ThreatModel("linf", 0.1), here={})
+        print("losses", *(point.loss for point in found.curve), "shared" if team.used else "alone")
+"""
+
+
+def test_started_by_torchrun(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    said = []
+    for words in ([], torchrun):
+        command = [sys.executable, *words, str(tmp_path / "script.py")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        said.append(next(line for line in done.stdout.splitlines() if line.startswith("losses")).split()[1:])
+    assert [each.pop() for each in said] == ["alone", "shared"]
+    assert list(map(float, said[1])) == pytest.approx(list(map(float, said[0])), **LOSS)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])

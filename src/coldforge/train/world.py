@@ -8,6 +8,7 @@ everywhere; what is decided (is the network good? has it collapsed?) rank 0 deci
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -115,9 +116,9 @@ def answering() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # all that torch.distributed raises
-        reason = str(error).strip().splitlines()[0]
+        reason = re.sub(r"\[/\S+\] *", "", str(error)).strip().split(". ")[0]  # without the path of gloo's source
         raise LostError(
             f"one of the processes that train this network together has ended, or was silent for {PATIENCE_S:.0f} s "
-            f"({reason}). Its own message, if it left one, says why; often it was out of memory. "
+            f"({reason}). Its own message, if it left one, says why; often it is out of memory. "
             "Run the same command again: finished stages are kept and the training continues from its checkpoint"
         ) from error
