@@ -225,10 +225,10 @@ def test_bits_fall_one_by_one_and_a_stop_changes_nothing(build, splits, threat, 
     watched = [None]
     real = loop.perturb
 
-    def spy(network, *arguments):
+    def spy(network, *arguments, **keywords):
         watched[0] = network
         note()
-        return real(network, *arguments)
+        return real(network, *arguments, **keywords)
 
     monkeypatch.setattr(loop, "perturb", spy)
     network = few(build, splits, 2, 4)

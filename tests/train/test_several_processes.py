@@ -232,6 +232,8 @@ from coldforge.train import gathered, help_out, launched, placed, train
 
 draw = torch.Generator().manual_seed(0)
 images, labels = torch.rand(40, 1, 4, 4, generator=draw), torch.arange(40) % 2
+images[labels == 1, :, :2] = 1
+images[labels == 0, :, 2:] = 1
 data = from_arrays(images, labels, images, labels, validation=10)
 torch.manual_seed(0)
 network = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)).eval()
