@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -247,15 +248,16 @@ else:
 """
 
 
-def test_started_by_torchrun(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    said = []
-    for words in ([], torchrun):
-        command = [sys.executable, *words, str(tmp_path / "script.py")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
-        said.append(next(line for line in done.stdout.splitlines() if line.startswith("losses")).split()[1:])
+def test_started_by_torchrun(tmp_path, capsys):
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    with torch.random.fork_rng():
+        runpy.run_path(str(path))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, str(path)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [*capsys.readouterr().out.splitlines(), *done.stdout.splitlines()]
+    said = [line.split()[1:] for line in lines if line.startswith("losses")]
     assert [each.pop() for each in said] == ["alone", "shared"]
     assert list(map(float, said[1])) == pytest.approx(list(map(float, said[0])), **LOSS)
 
