@@ -182,6 +182,17 @@ def test_run_overrides_and_out(pipeline, tmp_path):
     assert first.command.endswith("r.toml --set seed=3 --set finetune.epochs=5 --set threat_model.eps=8/255")
 
 
+def test_devices_are_keys_of_the_recipe(pipeline, capsys):
+    assert main(["run", "--devices", "1", "--num-nodes", "1"]) == 0
+    (call,) = pipeline
+    assert (call.recipe.compute.devices, call.recipe.compute.num_nodes) == (1, 1)
+    assert call.command == "coldforge run quickstart --set compute.devices=1 --set compute.num_nodes=1"
+    assert main(["run", "--devices", "2", "--num-nodes", "3"]) == 2
+    assert "started by torchrun or srun on every machine" in capsys.readouterr().err
+    assert main(["run", "--devices", "0"]) == 2
+    assert "compute.devices" in capsys.readouterr().err
+
+
 def test_run_json_and_quiet(pipeline, capsys):
     assert main(["run", "--json", "--quiet"]) == 0
     out, err = capsys.readouterr()

@@ -91,6 +91,8 @@ def run(
     *,
     out: Path | None = None,
     set_: Annotated[tuple[str, ...], Parameter(name="--set", consume_multiple=True, show_default=False)] = (),
+    devices: int | None = None,
+    num_nodes: int | None = None,
     plan: bool = False,
     json: bool = False,
     quiet: Annotated[bool, Parameter(alias="-q")] = False,
@@ -103,6 +105,9 @@ def run(
         recipe: a preset (see `coldforge recipes`) or the path of a TOML file.
         out: folder for record.json, report.html and model.onnx; default ./coldforge-NAME.
         set_: change keys of the recipe, such as finetune.epochs=5; may be repeated.
+        devices: processes of each machine that train one network together (compute.devices); default 1, or what
+            torchrun or SLURM has started.
+        num_nodes: machines that do, each started by torchrun or SLURM (compute.num_nodes); default 1.
         plan: only show the stages and how long each will take.
         json: print the record as JSON instead of the table.
         quiet: no progress; notes and errors only.
@@ -111,12 +116,23 @@ def run(
 
     if words := [text for text in set_ if "=" not in text]:
         raise UsageError(f"--set: expected key=value, got {words[0]!r}; write the recipe before --set")
-    resolved = load_recipe(recipe, overrides=set_)
+    flags = {"devices": devices, "num_nodes": num_nodes}
+    asked = [f"compute.{name}={value}" for name, value in flags.items() if value is not None]
+    resolved = load_recipe(recipe, overrides=[*set_, *asked])
+
+    from coldforge.train import help_out, launched, placed
+
+    resolved = resolved.model_copy(update={"compute": placed(resolved.compute)})
+    world = launched()
+    if world is not None and world.rank:
+        help_out(resolved.compute)
+        return
     if plan:
         _plan(resolved, json)
         return
     folder = out or Path(f"coldforge-{resolved.name.replace(os.sep, '-')}")
-    command = shlex.join(["coldforge", "run", recipe, *(word for text in set_ for word in ("--set", text))])
+    given = [word for text in (*set_, *asked) for word in ("--set", text)]
+    command = shlex.join(["coldforge", "run", recipe, *given])
 
     from coldforge.pipeline import run as run_recipe
     from coldforge.report.folder import draw

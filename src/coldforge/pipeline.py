@@ -18,6 +18,7 @@ from torch import nn
 from coldforge import assemble, stages
 from coldforge.attacks import ThreatModel, parse_attack, parse_inner
 from coldforge.data import DataSplits, load_data
+from coldforge.errors import RecipeError
 from coldforge.models import check_classifier, model_source, torch_threads
 from coldforge.progress import Progress, Step
 from coldforge.provenance import cpp_compiler, has_bf16, physical_cores
@@ -25,6 +26,7 @@ from coldforge.recipe import Recipe
 from coldforge.records import Record
 from coldforge.stages import Arrow, Shop
 from coldforge.store import Store
+from coldforge.train import Team, gathered
 
 
 def arrow(shop: Shop) -> Arrow:
@@ -91,8 +93,11 @@ def run(
     Raises:
         ColdforgeError: the message says what was expected, what was found and what to do.
     """
-    with _shop(recipe, store, progress, model, data) as shop:
+    several = recipe.compute.devices * recipe.compute.num_nodes > 1
+    with gathered(recipe.compute) as team, _shop(recipe, store, progress, model, data, team) as shop:
         made = arrow(shop)
+        if several and not any(stage.trains for stage in made):
+            raise RecipeError("compute.devices: expected a recipe that trains something, got one without any training")
         if model is None and recipe.model.checkpoint and not shop.recipe.model.checkpoint:
             shop.progress.note(f"{recipe.model.checkpoint} is not set: the baseline is trained here")
         shop.progress.plan(_steps(shop, made))
@@ -100,6 +105,8 @@ def run(
             assemble.check_writable(out)
         for stage in made:
             shop.make(stage)
+        if several and not team.used:
+            shop.progress.note("every training was in the store already: further devices had nothing to do")
         record = assemble.record(shop, made, command)
         if out is not None:
             assemble.write_folder(shop, made, record, out)
@@ -108,7 +115,7 @@ def run(
 
 def plan(recipe: Recipe, *, store: Store | None = None) -> list[Step]:
     """What :func:`run` would do now, with estimates and with what the store already holds."""
-    with _shop(recipe, store, None, None, None) as shop:
+    with _shop(recipe, store, None, None, None, Team()) as shop:
         return _steps(shop, arrow(shop))
 
 
@@ -148,6 +155,7 @@ def _shop(
     progress: Progress | None,
     model: nn.Module | None,
     data: DataSplits | None,
+    team: Team,
 ) -> Iterator[Shop]:
     recipe = resolve(recipe)
     store = store or Store()
@@ -159,7 +167,7 @@ def _shop(
     )
     check_classifier(source.build(0), data.image_shape, len(data.classes))
     with torch_threads(recipe.compute.threads):
-        yield Shop(recipe, data, source, store, progress or Progress())
+        yield Shop(recipe, data, source, store, progress or Progress(), team)
 
 
 def _steps(shop: Shop, made: Arrow) -> list[Step]:

@@ -11,6 +11,7 @@ import torch
 
 from coldforge.compress import load_network
 from coldforge.data import load_data
+from coldforge.errors import RecipeError
 from coldforge.evaluate import BACKWARDS
 from coldforge.models import model_source
 from coldforge.pipeline import arrow, plan, resolve, run
@@ -308,6 +309,28 @@ def test_a_damaged_stage_is_rebuilt_and_said(damage, copied, recipe, forge_again
     assert note.endswith("rebuilding")
     assert without_clock(again.record) == without_clock(made.record)
     assert all(not entry.problem for entry in copied.verify())
+
+
+# --- several devices
+
+
+def test_devices_need_something_to_train(copied, recipe, forge_again, tmp_path):
+    nothing = {"compute.devices": 2, "finetune.arms": ["none"], "deploy.arm": "none"}
+    with pytest.raises(RecipeError, match="expected a recipe that trains something"):
+        forge_again(recipe(nothing), copied, tmp_path / "out")
+
+
+def test_two_devices(recipe, copied, forge_again, made, tmp_path):
+    changes = {"compute.devices": 2, "evaluate.masking_n": 0}
+    shared = forge_again(recipe(changes), copied, tmp_path / "out")
+    assert {"fine-tune: natural", "fine-tune: adversarial"} < set(shared.spy.built)
+    assert "quantize to 8/8 bits" in shared.spy.cached
+    assert shared.spy.notes == []
+    for one, two in zip(made.record.stages, shared.record.stages, strict=True):
+        assert two.clean_accuracy == pytest.approx(one.clean_accuracy, abs=0.05)
+        assert two.train_macs == one.train_macs
+    again = forge_again(recipe(changes), copied, tmp_path / "out")
+    assert again.spy.notes == ["every training was in the store already: further devices had nothing to do"]
 
 
 # --- other shapes of the arrow

@@ -321,9 +321,9 @@ def test_an_inner_attack_that_is_too_weak_is_made_stronger(build, splits, threat
 def test_the_inner_attack_takes_both_gradients_in_turn(kind, build, splits, threat, monkeypatch):
     modes = []
 
-    def spy(network, *arguments):
+    def spy(network, *arguments, **keywords):
         modes.append({module.backward_mode for module in network.modules() if isinstance(module, ActivationQuantizer)})
-        return perturb(network, *arguments)
+        return perturb(network, *arguments, **keywords)
 
     monkeypatch.setattr(loop, "perturb", spy)
     spec = TrainSpec(epochs=1, batch_size=16, lr=0.001, objective="adversarial", attack="pgd-4")

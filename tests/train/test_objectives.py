@@ -19,6 +19,7 @@ from coldforge.recipe import FinetuneSpec, QuantizeSpec, TrainSpec
 from coldforge.train import Objective, loop, train
 from coldforge.train.objective import CLEAN_SHARE, Teacher
 from coldforge.train.weights import Averaged, perturbed
+from coldforge.train.world import World
 
 OBJECTIVES = ("natural", "adversarial", "trades", "distill")
 
@@ -171,7 +172,7 @@ def test_perturbed_weights_are_worse_by_their_measure_and_come_back(kind, build,
     images, labels = splits.train.pixels(), splits.train.labels
     before = copy.deepcopy(network.state_dict())
     loss = F.cross_entropy(network(images), labels)
-    with perturbed(network, loss, 0.01):
+    with perturbed(network, loss, 0.01, World()):
         worse = F.cross_entropy(network(images), labels)
         for name, module in network.named_modules():
             if isinstance(module, QuantizedLayer):
@@ -224,10 +225,10 @@ def test_bits_fall_one_by_one_and_a_stop_changes_nothing(build, splits, threat, 
     watched = [None]
     real = loop.perturb
 
-    def spy(network, *arguments):
+    def spy(network, *arguments, **keywords):
         watched[0] = network
         note()
-        return real(network, *arguments)
+        return real(network, *arguments, **keywords)
 
     monkeypatch.setattr(loop, "perturb", spy)
     network = few(build, splits, 2, 4)

@@ -82,6 +82,8 @@ def perturb(
     attack: InnerAttack,
     generator: torch.Generator,
     previous: Tensor | None = None,
+    *,
+    share: slice = slice(None),
 ) -> Tensor:
     """The last iterate of ``attack`` on one batch.
 
@@ -94,9 +96,11 @@ def perturb(
         generator: source of the random start.
         previous: perturbations of the epoch before ``(N, C, H, W)``, for attacks that start there; None: there is none,
             and the start is random.
+        share: the images to perturb. Starts are drawn for all N, so that those of an image do not depend on it;
+            ``direction`` is that of the share.
 
     Returns:
-        Images ``(N, C, H, W)``, detached; inside ball and box, but those of N-FGSM only inside the box.
+        The share's images ``(n, C, H, W)``, detached; inside ball and box, but those of N-FGSM only inside the box.
     """
     noisy = attack.start == "noise"
     if noisy:
@@ -108,6 +112,7 @@ def perturb(
         points = threat_model.project(images + previous, images)
     else:
         points = threat_model.random_start(images, generator)
+    points, images = points[share], images[share]
     with untouched(model):
         for _ in range(attack.steps):
             _, gradient = query(model, points, direction)

@@ -174,6 +174,10 @@ class ComputeSpec(Spec):
     """
     device: Literal["cpu"] = "cpu"
     """Where to train; the CPU is the only choice so far."""
+    devices: int = Field(default=1, ge=1)
+    """Processes of each machine that train one network together and share its threads. In the keys of trainings."""
+    num_nodes: int = Field(default=1, ge=1)
+    """Machines that train one network together, started by torchrun or SLURM. In the keys of trainings."""
 
 
 class Recipe(Spec):

@@ -48,6 +48,7 @@ def baseline(shop: Shop) -> Stage:
         [structure, spec.train, _threat_of(shop, spec.train), shop.recipe.seed, *_code(shop)],
         [],
         build,
+        trains=True,
         macs=_training_macs(shop, spec.train, shop.dense_macs()),
     )
 
@@ -64,6 +65,7 @@ def reference(shop: Shop) -> Stage:
         [structure, spec, _threat_of(shop, spec), shop.recipe.seed, *_code(shop)],
         [],
         build,
+        trains=True,
         macs=_training_macs(shop, spec, shop.dense_macs()),
     )
 
@@ -112,6 +114,7 @@ def prune(shop: Shop, network: Stage) -> Stage:
         [network],
         build,
         reads_data=sees_images or between is not None,
+        trains=between is not None,
         macs=cost,
     )
 
@@ -203,6 +206,7 @@ def finetune(shop: Shop, parent: Stage, compressed: Stage, arm: str, *, teacher:
         [*parts, _threat_of(shop, spec), shop.recipe.seed],
         reads,
         build,
+        trains=True,
         macs=1.5 * cost,
     )
 
@@ -236,6 +240,7 @@ def control(shop: Shop, compressed: Stage) -> Stage:
         [spec, quantization, _threat_of(shop, spec), shop.recipe.seed],
         [compressed],
         build,
+        trains=True,
         macs=_training_macs(shop, spec, shop.small_macs()),
     )
 
@@ -300,7 +305,8 @@ def _trained(
     shop: Shop, network: nn.Module, spec: TrainSpec, folder: Path, report: Report, *, teacher: nn.Module | None = None
 ) -> TrainResult:
     """One training, with what all trainings of a run share."""
-    return train(
+    return shop.team.call(
+        train,
         network,
         shop.data,
         spec,
@@ -309,9 +315,7 @@ def _trained(
         precision=shop.recipe.compute.precision,
         compiled=shop.recipe.compute.compile,
         teacher=teacher,
-        folder=folder,
-        on_progress=report,
-        on_note=shop.progress.note,
+        here={"folder": folder, "on_progress": report, "on_note": shop.progress.note},
     )
 
 

@@ -26,6 +26,7 @@ from coldforge.progress import Progress
 from coldforge.recipe import Recipe
 from coldforge.store import Store, write_atomic
 from coldforge.store import key as stage_key
+from coldforge.train import Team
 
 VERSION = 1
 """Raise it when a stage's code changes its results: old entries of the store are then not found any more."""
@@ -47,6 +48,8 @@ class Stage:
     """Seconds it will take besides, roughly."""
     inputs: tuple[str, ...] = ()
     """Keys of the stages that it reads."""
+    trains: bool = False
+    """Whether it trains a network, which several processes can share."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +62,8 @@ class Shop:
     source: ModelSource
     store: Store
     progress: Progress = field(default_factory=Progress)
+    team: Team = field(default_factory=Team)
+    """The processes that trainings are shared by."""
     _loaded: dict[str, tuple[nn.Module, Structure]] = field(default_factory=dict)
     _macs: dict[str, int] = field(default_factory=dict)
 
@@ -91,14 +96,19 @@ class Shop:
         build: Callable[[Path, Report], None],
         *,
         reads_data: bool = True,
+        trains: bool = False,
         macs: float = 0.0,
         seconds: float = 0.0,
     ) -> Stage:
         """A stage with its key."""
-        compute = list(self.recipe.compute.model_dump().values())
+        settings = self.recipe.compute
+        compute = [settings.threads, settings.precision, settings.compile, settings.device]
+        if trains and settings.devices * settings.num_nodes > 1:
+            compute += [settings.devices, settings.num_nodes]
         upstream = [stage.key for stage in inputs] + ([self.data.fingerprint] if reads_data else [])
         reads = tuple(stage.key for stage in inputs)
-        return Stage(kind, label, stage_key(kind, VERSION, [*spec, compute], upstream), build, macs, seconds, reads)
+        key = stage_key(kind, VERSION, [*spec, compute], upstream)
+        return Stage(kind, label, key, build, macs, seconds, reads, trains)
 
     def has(self, stage: Stage) -> bool:
         """Whether the store holds it."""

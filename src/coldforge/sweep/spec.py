@@ -39,6 +39,8 @@ from coldforge.spec import Spec, spec_hash
 
 _NAMES = {"name", "description"}
 """Keys of a recipe that name it and decide nothing."""
+_COMPUTE = ("threads", "precision", "device")
+"""Keys of [compute] that a trial is known by; the others are the same in all sweeps."""
 
 
 class Grid(Spec):
@@ -149,7 +151,13 @@ def expand(spec: SweepSpec) -> list[Trial]:
                 if any(_matches(everything, rule) for rule in spec.exclude):
                     continue
                 recipe = load_recipe(base, overrides={**settings, "seed": seed})
+                if recipe.compute.devices * recipe.compute.num_nodes > 1:
+                    raise RecipeError(
+                        "compute.devices, compute.num_nodes: expected 1 in a sweep, whose trials are made beside each "
+                        "other; `coldforge run` trains one network on several devices"
+                    )
                 decides = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in _NAMES}
+                decides["compute"] = {key: decides["compute"][key] for key in _COMPUTE}
                 name = spec_hash(decides)[:12]
                 trials.setdefault(name, Trial(name, point, seed, recipe))
     if not trials:

@@ -3,5 +3,17 @@
 from coldforge.train.loop import TrainResult, train
 from coldforge.train.objective import Objective
 from coldforge.train.schedule import learning_rate, ramped_eps
+from coldforge.train.team import Team, gathered, help_out, launched, placed
 
-__all__ = ["Objective", "TrainResult", "learning_rate", "ramped_eps", "train"]
+__all__ = [
+    "Objective",
+    "Team",
+    "TrainResult",
+    "gathered",
+    "help_out",
+    "launched",
+    "learning_rate",
+    "placed",
+    "ramped_eps",
+    "train",
+]

@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,12 +34,14 @@ from coldforge.provenance import cpp_compiler
 from coldforge.recipe import TrainSpec
 from coldforge.records import CurvePoint
 from coldforge.spec import spec_hash
+from coldforge.train.batchnorm import whole_batch
 from coldforge.train.checkpoint import Shelf, TrainState
 from coldforge.train.guard import Collapse, NotFinite, Overfitting, monitor, refuse_collapse
 from coldforge.train.objective import Objective, Teacher
 from coldforge.train.optimizer import make_fabric, parameter_groups, quantizer_steps
 from coldforge.train.schedule import bits_now, learning_rate, ramped_eps
 from coldforge.train.weights import Averaged, perturbed
+from coldforge.train.world import World
 
 CHECKPOINT_SECONDS = 15.0
 RETRY_FACTOR = 1 / 3
@@ -73,6 +76,7 @@ def train(
     folder: Path | None = None,
     on_progress: Callable[[float, str], None] | None = None,
     on_note: Callable[[str], None] | None = None,
+    world: World | None = None,
 ) -> TrainResult:
     """Train a copy of ``model``.
 
@@ -90,6 +94,8 @@ def train(
         folder: where a checkpoint is kept every few seconds, and looked for; None: nowhere.
         on_progress: called with the finished fraction and a line such as "epoch 2/3  loss 0.61".
         on_note: called with what a person must know.
+        world: the processes that train together, all of which call this function with the same arguments; folder,
+            on_progress and on_note only on rank 0. None: this process alone.
 
     Returns:
         The trained network in evaluation mode, its curve, cost and notes.
@@ -97,8 +103,11 @@ def train(
     Raises:
         CollapseError: every attempt collapsed.
         TrainingError: the loss became NaN in every attempt.
-        RecipeError: a teacher is missing, or an inner attack starts from perturbations of images that are augmented.
+        RecipeError: a teacher is missing, an inner attack starts from perturbations of images that are augmented, or a
+            batch has fewer images than there are processes.
+        LostError: another process ended or fell silent.
     """
+    world = world or World()
     if spec.objective == "distill" and teacher is None:
         raise RecipeError('objective "distill": expected a teacher, got none')
     if spec.objective != "natural" and parse_inner(spec.attack).start == "previous" and data.augment != "none":
@@ -106,11 +115,17 @@ def train(
             f"{spec.attack} starts where an image's perturbation ended in the epoch before, which augmentation moves; "
             'expected data.augment = "none", or another inner attack such as n-fgsm'
         )
+    if min(spec.batch_size, len(data.train)) < world.size:
+        raise RecipeError(
+            f"batch_size: expected at least one image for each of {world.size} processes, got a batch of "
+            f"{min(spec.batch_size, len(data.train))}"
+        )
     shelf = Shelf(folder)
     state = shelf.last() or TrainState()
     while True:
+        state = world.from_first(state)
         attempt = _Attempt(
-            model, data, spec, threat_model, seed, precision, compiled, teacher, shelf, state, on_progress
+            model, data, spec, threat_model, seed, precision, compiled, teacher, shelf, state, on_progress, world
         )
         try:
             with fused(compiled != "off" and attempt.quantized):
@@ -168,9 +183,10 @@ class _Attempt:
         shelf: Shelf,
         state: TrainState,
         on_progress: Callable[[float, str], None] | None,
+        world: World,
     ) -> None:
         self._data, self._spec, self._threat_model, self._seed = data, spec, threat_model, seed
-        self._shelf, self._state, self._report = shelf, state, on_progress
+        self._shelf, self._state, self._report, self._world = shelf, state, on_progress, world
         self._before, self._started = state.seconds, time.monotonic()
         self.macs = state.macs
         self._per_epoch = steps_per_epoch(len(data.train), spec.batch_size)
@@ -204,11 +220,9 @@ class _Attempt:
         if self._previous is None and self._inner is not None and self._inner.start == "previous":
             self._previous = torch.zeros(data.train.images.shape, dtype=torch.int8)
         self.quantized = bool(quantizer_steps(self._network))
-        whole = compiled == "network" and not self.quantized and cpp_compiler() is not None
-        self._forward = self._network
-        if whole:
-            self._forward.compile()  # in place: its name and its parameters stay what they are
-        self._wrapped, self._optimizer = self._fabric.setup(self._forward, optimizer)
+        if compiled == "network" and not self.quantized and cpp_compiler() is not None:
+            self._network.compile()  # in place; copies are not compiled
+        self._wrapped, self._optimizer = self._fabric.setup(self._network, optimizer)
 
     @property
     def seconds(self) -> float:
@@ -240,7 +254,8 @@ class _Attempt:
                 if self._report is not None:
                     self._report(step / self._total, f"epoch {epoch + 1}/{spec.epochs}  loss {value:.3f}")
                 if step % self._per_epoch == 0:
-                    state = self._end_of_epoch(state, step, epoch_loss / self._per_epoch)
+                    watched = partial(self._end_of_epoch, state, step, epoch_loss / self._per_epoch)
+                    state = self._world.agree(watched, Collapse)
                     epoch_loss = 0.0
                     self._shelf.put_good(state)
                 if self._shelf.lasts and time.monotonic() - saved > CHECKPOINT_SECONDS:
@@ -250,10 +265,11 @@ class _Attempt:
         notes = state.notes
         if spec.keep == "best" or spec.ema:
             notes = (*notes, f"kept {state.chosen}, the best on the validation part")
-        return TrainResult(self._network.eval(), state.curve, self.seconds, self.macs, notes)
+        network = copy.deepcopy(self._network).eval()  # uncompiled
+        return TrainResult(network, state.curve, self.seconds, self.macs, notes)
 
-    def _step(self, step: int, images: Tensor, labels: Tensor, indices: Tensor) -> float:
-        """One step of the optimizer; the loss."""
+    def _step(self, step: int, batch: Tensor, labels: Tensor, indices: Tensor) -> float:
+        """One step of the optimizer on a batch, of which this process computes its share; the loss."""
         spec, network = self._spec, self._network
         if spec.bits_ramp and set_bits(network, self._bits(step)):
             self._calibrated = _copies(quantizer_steps(network))
@@ -261,21 +277,26 @@ class _Attempt:
                 self._averaged = Averaged(network, spec.ema)
         for group in self._optimizer.param_groups:
             group["lr"] = self._lr(step)
-        images = images.contiguous(memory_format=torch.channels_last)
+        batch = batch.contiguous(memory_format=torch.channels_last)
+        mine = self._world.share(len(batch))
+        images = batch[mine]
+        part = len(images) / len(batch)
         with self._fabric.autocast():
-            targets = self._objective.targets(images, labels, indices, len(self._data.classes))
-        attacked = self._attacked(step, images, labels, indices, targets)
+            targets = self._objective.targets(images, labels[mine], indices[mine], len(self._data.classes))
+        attacked = self._attacked(step, batch, labels, indices, targets)
         network.train()
-        with torch.random.fork_rng(devices=[]):  # for dropout
-            torch.manual_seed(_seed(self._seed, "forward", step))
-            loss = self._objective.loss(self._wrapped, images, attacked, targets)
+        with torch.random.fork_rng(devices=[]), whole_batch(network, self._world):
+            torch.manual_seed(_seed(self._seed, "forward", step, *self._world.apart))  # for dropout
+            loss = self._objective.loss(self._wrapped, images, attacked, targets) * part
             self._optimizer.zero_grad(set_to_none=True)
             if spec.awp and attacked is not None:
-                with perturbed(network, loss, spec.awp):
-                    worse = self._objective.loss(self._wrapped, images, attacked, targets)
+                with perturbed(network, loss, spec.awp, self._world):
+                    worse = self._objective.loss(self._wrapped, images, attacked, targets) * part
                     self._fabric.backward(worse)
             else:
                 self._fabric.backward(loss)
+        total = loss.detach().clone()
+        self._world.add_up([total, *(p.grad for p in network.parameters() if p.grad is not None)])
         self._optimizer.step()
         with torch.no_grad():
             for name, learned in quantizer_steps(network).items():
@@ -283,27 +304,29 @@ class _Attempt:
                 learned.clamp_(start / STEP_RANGE, start * STEP_RANGE)
         if self._averaged is not None:
             self._averaged.update(network, step)
-        self.macs += float(len(images) * self._image_macs)
-        value = float(loss.detach())
+        self.macs += float(len(batch) * self._image_macs)
+        value = float(total)
         if not math.isfinite(value):
             raise NotFinite(f"the loss is not finite at step {step}")
         return value
 
-    def _attacked(self, step: int, images: Tensor, labels: Tensor, indices: Tensor, targets: Tensor) -> Tensor | None:
-        """Adversarial images for one step ``(B, C, H, W)``; None where the objective wants none."""
+    def _attacked(self, step: int, batch: Tensor, labels: Tensor, indices: Tensor, targets: Tensor) -> Tensor | None:
+        """Adversarial images of this process's share of a batch; None where the objective wants none."""
         if self._inner is None:
             return None
+        mine = self._world.share(len(batch))
         now = replace(self._threat_model, eps=self._eps(step))
         previous = None
         if self._previous is not None and step >= self._per_epoch:
             previous = self._previous[indices].float() * (self._threat_model.eps / _INT8)
         generator = torch.Generator().manual_seed(_seed(self._seed, "inner attack", step))
         with attacking(self._network, BACKWARDS[step % len(BACKWARDS)]), self._fabric.autocast():
-            direction = self._objective.direction(self._forward, images, labels, targets)
-            found = perturb(self._forward, images, direction, now, self._inner, generator, previous)
+            direction = self._objective.direction(self._network, batch[mine], labels[mine], targets)
+            found = perturb(self._network, batch, direction, now, self._inner, generator, previous, share=mine)
         if self._previous is not None:
-            codes = (found - images) * (_INT8 / self._threat_model.eps)
-            self._previous[indices] = codes.round().clamp(-_INT8, _INT8).to(torch.int8)
+            codes = (found - batch[mine]) * (_INT8 / self._threat_model.eps)
+            codes = codes.round().clamp(-_INT8, _INT8).to(torch.int8)
+            self._previous[indices] = self._world.gather(codes, len(batch))
         return found
 
     def _end_of_epoch(self, state: TrainState, step: int, loss: float) -> TrainState:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from coldforge.compress import QuantizedLayer
+from coldforge.train.world import World
 
 
 class Averaged:
@@ -39,8 +40,9 @@ class Averaged:
 
 
 @contextmanager
-def perturbed(network: nn.Module, loss: Tensor, gamma: float) -> Iterator[None]:
-    """Inside, each layer's weights are moved by ``gamma`` times their norm along the gradient of ``loss``.
+def perturbed(network: nn.Module, loss: Tensor, gamma: float, world: World) -> Iterator[None]:
+    """Inside, each layer's weights are moved by ``gamma`` times their norm along the gradient of ``loss``, summed over
+    the processes of ``world``.
 
     Adversarial weight perturbation: Wu, Xia, Wang, NeurIPS 2020 (arXiv 2004.05884), eq. 10. Where weights are
     quantized, the rounded weights are moved, not those behind the rounding, which could swallow the move or multiply
@@ -51,6 +53,7 @@ def perturbed(network: nn.Module, loss: Tensor, gamma: float) -> Iterator[None]:
     ours = {id(layer.weight): layer for layer in layers}
     weights = [p for p in network.parameters() if p.requires_grad and p.ndim > 1]
     gradients = torch.autograd.grad(loss, weights)
+    world.add_up(gradients)
     moved: list[tuple[nn.Parameter, Tensor]] = []
     try:
         with torch.no_grad():
