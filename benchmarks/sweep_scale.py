@@ -1,0 +1,258 @@
+"""What does the book-keeping of a sweep cost, and what of it grows?
+
+    python benchmarks/sweep_scale.py [--sizes 200 2000 20000] [--executors serial process ray]
+    python benchmarks/sweep_scale.py --throughput | --workers | --table
+
+Without a flag: synthetic sweeps, whose stages only write a number, through the real store, graph, conductor, records and
+tables. Measured are the seconds to expand and survey, to run, to resume when all is done, to write all records anew from
+a full store, and to read them and write the tables; the peak memory of the conductor; files. Each step is a process of
+its own, and the live table is drawn, as for a user.
+
+``--throughput``: two workers beside one, at one thread each, on equal trials of matrix products, in turns.
+``--workers``: 1 to 1000 simulated workers: what the conductor spends on each stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from synthetic_trials import Nothing, Numbers, Simulated, sweep_of
+
+from coldforge.console_sweep import SweepListener
+from coldforge.provenance import provenance
+from coldforge.sealed import write_atomic
+from coldforge.sweep import SweepSpec, conduct, expand, make_executor, survey
+from coldforge.sweep.table import load_results, write_tables
+
+T = TypeVar("T")
+WORKERS = {"serial": 1, "process": 2, "ray": 2}
+CROWDS = (1, 10, 100, 1000)
+
+
+def alone(function: Callable[..., T], *arguments: object) -> T:
+    """Call it in a fresh process: its peak memory is its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has had; Linux only."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+
+def run(spec: SweepSpec, executor: str, home: Path, out: Path, workers: int, products: int = 0) -> dict[str, Any]:
+    """Expand, survey, conduct."""
+    workshop = Numbers(home, products)
+    begin = time.perf_counter()
+    state = survey(spec, expand(spec), workshop, out)
+    surveyed = time.perf_counter()
+    hands = make_executor(executor, workshop, workers=workers, threads=1)
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        SweepListener(slots=hands.slots, console=Console(file=nowhere, force_terminal=True)) as listener,
+    ):
+        conduct(state, workshop, hands, out, listener=listener)
+    ended = time.perf_counter()
+    assert len(state.finished) == len(state.trials)
+    return {
+        "survey_s": surveyed - begin,
+        "conduct_s": ended - surveyed,
+        "stages": len(state.graph.tasks),
+        "found": state.found,
+        "peak_bytes": peak_bytes(),
+    }
+
+
+def tables(out: Path) -> dict[str, Any]:
+    """Read all records, write both tables."""
+    begin = time.perf_counter()
+    results = load_results(out)
+    read = time.perf_counter()
+    write_tables(results)
+    wrote = time.perf_counter() - read
+    return {"read_s": read - begin, "write_s": wrote, "rows": len(results.rows), "peak_bytes": peak_bytes()}
+
+
+def measure(trials: int, executor: str, scratch: Path) -> dict[str, Any]:
+    """One row."""
+    home, out, again = scratch / "home", scratch / "out", scratch / "again"
+    spec = sweep_of(trials)
+    first, resumed, rerecorded = (
+        alone(run, spec, executor, home, folder, WORKERS[executor]) for folder in (out, out, again)
+    )
+    assert first["found"] == 0 and resumed["found"] == rerecorded["found"] == first["stages"]
+    table = alone(tables, out)
+    row = {
+        "trials": trials,
+        "executor": executor,
+        "workers": WORKERS[executor],
+        "stages": first["stages"],
+        "survey_s": first["survey_s"],
+        "run_s": first["conduct_s"],
+        "resume_s": resumed["survey_s"] + resumed["conduct_s"],
+        "rerecord_s": rerecorded["survey_s"] + rerecorded["conduct_s"],
+        "read_records_s": table["read_s"],
+        "write_tables_s": table["write_s"],
+        "table_rows": table["rows"],
+        "peak_bytes": {"run": first["peak_bytes"], "resume": resumed["peak_bytes"], "tables": table["peak_bytes"]},
+        "files_of_the_store": sum(len(files) for _, _, files in os.walk(home)),
+        "files_of_the_sweep": sum(len(files) for _, _, files in os.walk(out)),
+        "largest_folder": max(len(folders) + len(files) for _, folders, files in os.walk(scratch)),
+    }
+    return row | {
+        "resume_ms_a_trial": 1e3 * row["resume_s"] / trials,
+        "rerecord_ms_a_trial": 1e3 * row["rerecord_s"] / trials,
+    }
+
+
+def throughput(scratch: Path, pairs: int, trials: int, products: int) -> dict[str, Any]:
+    """Seconds of one worker and of two on the same trials, in turns."""
+    spec = sweep_of(trials, seeds=1, ratios=trials)
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    for turn in range(pairs):
+        for workers in (1, 2):
+            folder = scratch / f"{turn}-{workers}"
+            found = alone(run, spec, "process", folder / "home", folder / "out", workers, products)
+            seconds[workers].append(found["conduct_s"])
+            print(f"{workers} workers: {found['conduct_s']:.1f} s", flush=True)
+    ratios = [two / one for one, two in zip(seconds[1], seconds[2], strict=True)]
+    return {
+        "trials": trials,
+        "products": products,
+        "seconds_of_one": seconds[1],
+        "seconds_of_two": seconds[2],
+        "ratios": ratios,
+        "median_ratio": statistics.median(ratios),
+    }
+
+
+def crowd(spec: SweepSpec, slots: int, scratch: Path) -> dict[str, Any]:
+    """What the conductor spends while so many simulated workers make stages that take minutes."""
+    workshop = Nothing(scratch)
+    begin = time.perf_counter()
+    trials = expand(spec)
+    expanded = time.perf_counter()
+    state = survey(spec, trials, workshop)
+    hands = Simulated(slots)
+    surveyed = time.perf_counter()
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        SweepListener(slots=slots, console=Console(file=nowhere, force_terminal=True)) as listener,
+    ):
+        conduct(state, workshop, hands, scratch / f"{slots}-{len(trials)}", listener=listener)
+    seconds = time.perf_counter() - surveyed
+    return {
+        "workers": slots,
+        "trials": len(trials),
+        "stages": len(state.graph.tasks),
+        "expand_s": expanded - begin,
+        "graph_s": surveyed - expanded,
+        "conduct_us_a_stage": 1e6 * seconds / len(state.graph.tasks),
+        "simulated_hours": hands.clock / 3600,
+        "busy": 120 * len(state.graph.tasks) / (hands.clock * slots),
+        "peak_bytes": peak_bytes(),
+    }
+
+
+# --- as Markdown -----------------------------------------------------------------------------------------------------
+
+
+def table(record: dict[str, Any]) -> str:
+    """The record as Markdown."""
+    lines = [
+        "| trials | executor | stages | expand and survey s | run s | resume, all done s | ms a trial | new records s "
+        "| ms a trial | read records s | write tables s | peak MB: run, resume, tables | files: store, sweep |",
+        "|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in record.get("scale", []):
+        peaks = ", ".join(f"{row['peak_bytes'][what] / 1e6:.0f}" for what in ("run", "resume", "tables"))
+        lines.append(
+            f"| {row['trials']:,} | {row['executor']} ({row['workers']}) | {row['stages']:,} | {row['survey_s']:.1f} "
+            f"| {row['run_s']:.1f} | {row['resume_s']:.1f} | {row['resume_ms_a_trial']:.2f} | {row['rerecord_s']:.1f} "
+            f"| {row['rerecord_ms_a_trial']:.2f} | {row['read_records_s']:.1f} | {row['write_tables_s']:.1f} | {peaks} "
+            f"| {row['files_of_the_store']:,}, {row['files_of_the_sweep']:,} |"
+        )
+    if found := record.get("throughput"):
+        pairs = ", ".join(
+            f"{two:.1f} / {one:.1f}" for one, two in zip(found["seconds_of_one"], found["seconds_of_two"], strict=True)
+        )
+        lines += ["", f"Two workers to one: {found['median_ratio']:.2f} (median; seconds {pairs})."]
+    if found := record.get("workers"):
+        lines += [
+            "",
+            "| simulated workers | trials | stages | conductor, µs a stage | workers busy | peak MB |",
+            "|---:|---:|---:|---:|---:|---:|",
+        ]
+        lines += [
+            f"| {row['workers']:,} | {row['trials']:,} | {row['stages']:,} | {row['conduct_us_a_stage']:.0f} "
+            f"| {row['busy']:.0%} | {row['peak_bytes'] / 1e6:.0f} |"
+            for row in found
+        ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", type=int, default=[200, 2000, 20000], help="trials; multiples of 200")
+    parser.add_argument("--executors", nargs="+", choices=list(WORKERS), default=list(WORKERS))
+    parser.add_argument("--throughput", action="store_true", help="two workers beside one")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--trials", type=int, default=24, help="of the throughput")
+    parser.add_argument("--products", type=int, default=300, help="matrix products of a trial, for the throughput")
+    parser.add_argument("--workers", action="store_true", help="simulated workers")
+    parser.add_argument("--table", action="store_true", help="print the record as Markdown and run nothing")
+    parser.add_argument("--scratch", type=Path, help="folder for stores, emptied; default: the system's")
+    parser.add_argument("--out", type=Path, default=Path("results/sweep_scale.json"))
+    arguments = parser.parse_args()
+    record: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+
+    def keep(part: str, found: object) -> None:
+        record[part] = found
+        record.setdefault("provenance", {})[part] = provenance(0, ["python", *sys.argv])
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(arguments.out, json.dumps(record, indent=1) + "\n")
+
+    if arguments.throughput:
+        with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
+            keep("throughput", throughput(Path(scratch), arguments.pairs, arguments.trials, arguments.products))
+    elif arguments.workers:
+        with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
+            keep(
+                "workers", [alone(crowd, sweep_of(size), n, Path(scratch)) for size in arguments.sizes for n in CROWDS]
+            )
+    elif not arguments.table:
+        for size in arguments.sizes:
+            for executor in arguments.executors:
+                if executor == "ray" and importlib.util.find_spec("ray") is None:
+                    print("Ray is not installed: its rows are left out")
+                    continue
+                with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
+                    row = measure(size, executor, Path(scratch))
+                print(json.dumps(row), flush=True)
+                others = [
+                    old for old in record.get("scale", []) if (old["trials"], old["executor"]) != (size, executor)
+                ]
+                keep(
+                    "scale",
+                    sorted([*others, row], key=lambda row: (row["trials"], list(WORKERS).index(row["executor"]))),
+                )
+    print(table(record))
+
+
+if __name__ == "__main__":
+    main()
