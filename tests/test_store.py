@@ -120,6 +120,15 @@ def test_a_stage_is_built_once(store):
     assert (entry.kind, entry.key, entry.describe["label"], entry.problem) == ("baseline", KEY, "the baseline", "")
 
 
+def test_a_stage_waits_for_the_disk_once_for_each_file_and_folder(store, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(os.readlink(f"/proc/self/fd/{handle}")), fsync(handle)))
+    folder = store.stage("baseline", KEY, Builder())
+    files = [Path(path).name.split(".")[0] for path in synced[:-2] if Path(path).name != "inner"]
+    assert sorted(files) == sorted(["", *(path.stem for path in folder.rglob("*") if path.is_file() and path.stem != "manifest")])
+    assert [Path(path) for path in synced[-2:]] == [store.root / "work" / store._name("baseline", KEY), folder.parent]
+
+
 def test_a_failed_build_is_resumed_from_its_checkpoints_and_nothing_else(store):
     seen = []
 
@@ -422,7 +431,7 @@ def _steps(folder):
         (folder / name).write_text(f"{total}" * 1000)
 
 
-@pytest.mark.parametrize("place", ["coldforge.sealed.write_atomic", "os.rename", "coldforge.store.fsync"])
+@pytest.mark.parametrize("place", ["coldforge.sealed.write_whole", "os.rename", "coldforge.store.fsync"])
 def test_a_kill_between_building_and_publishing_builds_nothing_twice_or_again(store, monkeypatch, place):
     build = Builder()
 
@@ -435,7 +444,7 @@ def test_a_kill_between_building_and_publishing_builds_nothing_twice_or_again(st
             store.stage("baseline", KEY, build)
     assert not store.has("baseline", KEY)
     store.stage("baseline", KEY, build)
-    assert build.calls == (2 if "write_atomic" in place else 1)  # once sealed, it is only published
+    assert build.calls == (2 if "write_whole" in place else 1)  # once sealed, it is only published
     assert not store.verify()[0].problem
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
+from itertools import takewhile
 from types import TracebackType
 from typing import Self
 
@@ -19,6 +21,9 @@ from coldforge.sweep import Listener, State, time_left
 from coldforge.sweep.graph import counts_by_kind
 from coldforge.sweep.plan import Plan
 from coldforge.sweep.table import Sweep, over_seeds
+
+
+DRAW_EVERY_S = 0.25
 
 
 class SweepListener(Listener):
@@ -42,7 +47,8 @@ class SweepListener(Listener):
         self._slots, self._quiet, self._clock = slots, quiet, clock
         self._console = console or Console(stderr=True)
         self._live: Live | None = None
-        self._last = 0.0
+        self._not_before = -math.inf
+        self._last: State | None = None
         self._failed: set[str] = set()
 
     def __enter__(self) -> Self:
@@ -54,6 +60,8 @@ class SweepListener(Listener):
         if self._live is not None:
             self._live.stop()
             self._live = None
+        elif self._last is not None and not self._quiet:
+            self._console.print(_line(self._last, self._slots), highlight=False, markup=False)
 
     def planned(self, state: State) -> None:
         """Say what is to come."""
@@ -63,22 +71,26 @@ class SweepListener(Listener):
         words = f"{len(state.trials)} trials, {len(state.graph.tasks)} stages, {state.found} of them in the store"
         self._console.print(words, highlight=False)
         if self._console.is_terminal:
-            self._live = Live(self._table(state), console=self._console, refresh_per_second=4, transient=True)
+            self._live = Live(self._table(state), console=self._console, auto_refresh=False, transient=True)
             self._live.start()
 
     def changed(self, state: State) -> None:
-        """Show where the sweep stands."""
-        for key in [key for key in state.failures if key not in self._failed]:
+        """Show where the sweep stands, now and then: drawing a long sweep is work too, and may take a twentieth of it."""
+        self._last = state
+        newest = list(takewhile(lambda key: key not in self._failed, reversed(state.failures)))
+        for key in reversed(newest):
             self._failed.add(key)
             failure = state.failures[key]
             self._console.print(f"failed: {failure.label}: {failure.error}", style="red", markup=False)
-        if self._quiet:
+        begin = self._clock()
+        if self._quiet or begin < self._not_before:
             return
         if self._live is not None:
-            self._live.update(self._table(state))
-        elif self._clock() - self._last >= LINE_EVERY_S or not state.running:
-            self._last = self._clock()
+            self._live.update(self._table(state), refresh=True)
+        else:
             self._console.print(_line(state, self._slots), highlight=False, markup=False)
+        end = self._clock()
+        self._not_before = end + max(LINE_EVERY_S if self._live is None else DRAW_EVERY_S, 20 * (end - begin))
 
     def _table(self, state: State) -> Table:
         table = Table("stage", "made", "failed", "now", box=box.SIMPLE_HEAD, title=_line(state, self._slots))
@@ -136,8 +148,10 @@ def print_sweep(results: Sweep, state: State) -> None:
         for mean in found
     ]
     print_table((*results.axes, "seeds", "clean %", "robust % (worst case)", "file", "MACs"), rows)
-    for label, why in {trial.label: state.lost[trial.id] for trial in state.trials if trial.id in state.lost}.items():
-        sys.stdout.write(f"failed: {label}: {why}\n")
+    lost = state.lost
+    for trial in state.trials:
+        if trial.id in lost:
+            sys.stdout.write(f"failed: {trial.label}: {lost[trial.id]}\n")
     graph = state.graph
     if graph.macs_alone:
         share = graph.macs / graph.macs_alone
