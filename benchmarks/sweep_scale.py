@@ -1,13 +1,14 @@
 """What does the book-keeping of a sweep cost, and what of it grows?
 
     python benchmarks/sweep_scale.py [--sizes 200 2000 20000] [--executors serial process ray]
-    python benchmarks/sweep_scale.py --throughput | --workers | --table
+    python benchmarks/sweep_scale.py --overhead | --throughput | --workers | --table
 
-Without a flag: synthetic sweeps, whose stages only write a number, through the real store, graph, conductor, records and
-tables. Measured are the seconds to expand and survey, to run, to resume when all is done, to write all records anew from
-a full store, and to read them and write the tables; the peak memory of the conductor; files. Each step is a process of
-its own, and the live table is drawn, as for a user.
+Without a flag: synthetic sweeps, whose stages only write a number, through the real store, graph, conductor, records
+and tables. Measured are the seconds to expand and survey, to run, to resume when all is done, to write all records anew
+from a full store, and to read them and write the tables; the peak memory of the conductor; files. Each step is a
+process of its own, and the live table is drawn, as for a user.
 
+``--overhead``: real trials, tiny ones, whose stages are all in the store: what each takes.
 ``--throughput``: two workers beside one, at one thread each, on equal trials of matrix products, in turns.
 ``--workers``: 1 to 1000 simulated workers: what the conductor spends on each stage.
 """
@@ -24,17 +25,21 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
-from synthetic_trials import Nothing, Numbers, Simulated, sweep_of
+from synthetic_trials import TINY, Nothing, Numbers, Simulated, sweep_of
 
 from coldforge.console_sweep import SweepListener
+from coldforge.measure import energy_per_image
 from coldforge.provenance import provenance
 from coldforge.sealed import write_atomic
-from coldforge.sweep import SweepSpec, conduct, expand, make_executor, survey
+from coldforge.stages import evidence
+from coldforge.store import Store
+from coldforge.sweep import Listener, RecipeWorkshop, SweepSpec, conduct, expand, make_executor, survey
 from coldforge.sweep.table import load_results, write_tables
 
 T = TypeVar("T")
@@ -94,7 +99,8 @@ def measure(trials: int, executor: str, scratch: Path) -> dict[str, Any]:
     first, resumed, rerecorded = (
         alone(run, spec, executor, home, folder, WORKERS[executor]) for folder in (out, out, again)
     )
-    assert first["found"] == 0 and resumed["found"] == rerecorded["found"] == first["stages"]
+    assert first["found"] == 0
+    assert resumed["found"] == rerecorded["found"] == first["stages"]
     table = alone(tables, out)
     row = {
         "trials": trials,
@@ -116,6 +122,36 @@ def measure(trials: int, executor: str, scratch: Path) -> dict[str, Any]:
     return row | {
         "resume_ms_a_trial": 1e3 * row["resume_s"] / trials,
         "rerecord_ms_a_trial": 1e3 * row["rerecord_s"] / trials,
+    }
+
+
+def overhead(scratch: Path) -> dict[str, Any]:
+    """Seconds that the second to the last real trial take, a trial, with their stages in the store."""
+    evidence.LATENCY_SECONDS = 0.0  # what the clocks say does not matter here
+    evidence.energy_per_image = partial(energy_per_image, seconds=0.01)
+    trials = expand(TINY)
+
+    def seconds(count: int, out: Path) -> float:
+        workshop = RecipeWorkshop(Store(scratch / "home"))
+        begin = time.perf_counter()
+        state = survey(TINY, trials[:count], workshop, out)
+        hands = make_executor("serial", workshop, workers=1, threads=1)
+        conduct(state, workshop, hands, out, listener=Listener())
+        assert len(state.finished) == count, state.failures
+        return time.perf_counter() - begin
+
+    made = seconds(len(trials), scratch / "out")
+    found: dict[str, list[float]] = {"resume": [], "new_records": []}
+    for turn in range(3):
+        for what, outs in (("resume", ["out", "out"]), ("new_records", [f"one-{turn}", f"all-{turn}"])):
+            one, whole = (seconds(count, scratch / out) for count, out in zip((1, len(trials)), outs, strict=True))
+            found[what].append(1e3 * (whole - one) / (len(trials) - 1))
+    return {
+        "trials": len(trials),
+        "stages_a_trial": len(RecipeWorkshop(Store(scratch / "home")).tasks(trials[0])),
+        "made_s": made,
+        "resume_ms_a_trial": found["resume"],
+        "new_records_ms_a_trial": found["new_records"],
     }
 
 
@@ -186,6 +222,13 @@ def table(record: dict[str, Any]) -> str:
             f"| {row['rerecord_ms_a_trial']:.2f} | {row['read_records_s']:.1f} | {row['write_tables_s']:.1f} | {peaks} "
             f"| {row['files_of_the_store']:,}, {row['files_of_the_sweep']:,} |"
         )
+    if found := record.get("overhead"):
+        resume, anew = (statistics.median(found[f"{what}_ms_a_trial"]) for what in ("resume", "new_records"))
+        lines += [
+            "",
+            f"Real trials of {found['stages_a_trial']} stages, all in the store: {resume:.1f} ms each; "
+            f"{anew:.1f} ms where the record is written too (medians of three).",
+        ]
     if found := record.get("throughput"):
         pairs = ", ".join(
             f"{two:.1f} / {one:.1f}" for one, two in zip(found["seconds_of_one"], found["seconds_of_two"], strict=True)
@@ -210,6 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", type=int, default=[200, 2000, 20000], help="trials; multiples of 200")
     parser.add_argument("--executors", nargs="+", choices=list(WORKERS), default=list(WORKERS))
+    parser.add_argument("--overhead", action="store_true", help="real trials whose stages are in the store")
     parser.add_argument("--throughput", action="store_true", help="two workers beside one")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--trials", type=int, default=24, help="of the throughput")
@@ -227,7 +271,10 @@ def main() -> None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(arguments.out, json.dumps(record, indent=1) + "\n")
 
-    if arguments.throughput:
+    if arguments.overhead:
+        with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
+            keep("overhead", alone(overhead, Path(scratch)))
+    elif arguments.throughput:
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
             keep("throughput", throughput(Path(scratch), arguments.pairs, arguments.trials, arguments.products))
     elif arguments.workers:

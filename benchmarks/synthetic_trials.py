@@ -1,8 +1,8 @@
-"""Trials that cost nothing, or a fixed number of matrix products; and an executor whose workers live on a clock of its own.
+"""Trials that cost nothing, or a fixed number of matrix products; and an executor whose workers live on a clock.
 
-A trial has the stages baseline -> prune -> finetune -> evaluate, which write a number each: the trunk (a baseline for each
-seed, a pruned network for each seed and ratio) is shared, two stages are its own. Its record is a real one of five rows
-with the numbers exchanged. Store, graph, conductor, records and tables are the real ones.
+A trial has the stages baseline -> prune -> finetune -> evaluate, which write a number each: the trunk (a baseline for
+each seed, a pruned network for each seed and ratio) is shared, two stages are its own. Its record is a real one of
+several rows with the numbers exchanged. Store, graph, conductor, records and tables are the real ones.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class Numbers:
 
         def build(folder: Path) -> None:
             if task.kind == "evaluate":
-                multiply(self._products)
+                if self._products:
+                    multiply(self._products)
             total = sum(self._number(tasks[read]) for read in task.inputs)
             write_json(folder / "result.json", {"number": total + int(key[:4], 16)})
 
@@ -90,6 +91,25 @@ class Numbers:
 
     def _number(self, task: Task) -> int:
         return int(read_json(self._store.path(task.kind, task.key) / "result.json")["number"])
+
+
+TINY = SweepSpec(
+    name="tiny",
+    recipe="quickstart",
+    set={
+        "data.train_n": 400,
+        "data.test_n": 40,
+        "model.train.epochs": 1,
+        "finetune.epochs": 1,
+        "finetune.arms": ["natural"],
+        "deploy.arm": "natural",
+        "evaluate.attacks": ["fgsm"],
+        "evaluate.n": 20,
+        "evaluate.masking_n": 0,
+    },
+    axes={"prune.ratio": {"from": 0.1, "to": 0.65, "step": 0.05}},
+)
+"""Real trials, as small as they can be; their stages are as many as any trial's."""
 
 
 def multiply(products: int) -> None:

@@ -98,6 +98,7 @@ def pipeline(fake):
         return out / "report.html"
 
     fake("coldforge.pipeline", run=run, plan=plan)
+
     def draw(folder):
         return write_report(load_record(folder), folder)
 

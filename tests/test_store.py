@@ -122,10 +122,14 @@ def test_a_stage_is_built_once(store):
 
 def test_a_stage_waits_for_the_disk_once_for_each_file_and_folder(store, monkeypatch):
     synced, fsync = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(os.readlink(f"/proc/self/fd/{handle}")), fsync(handle)))
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (synced.append(os.readlink(f"/proc/self/fd/{handle}")), fsync(handle))
+    )
     folder = store.stage("baseline", KEY, Builder())
     files = [Path(path).name.split(".")[0] for path in synced[:-2] if Path(path).name != "inner"]
-    assert sorted(files) == sorted(["", *(path.stem for path in folder.rglob("*") if path.is_file() and path.stem != "manifest")])
+    assert sorted(files) == sorted(
+        ["", *(path.stem for path in folder.rglob("*") if path.is_file() and path.stem != "manifest")]
+    )
     assert [Path(path) for path in synced[-2:]] == [store.root / "work" / store._name("baseline", KEY), folder.parent]
 
 
