@@ -72,9 +72,8 @@ class Numbers:
         task = tasks[key]
 
         def build(folder: Path) -> None:
-            if task.kind == "evaluate":
-                if self._products:
-                    multiply(self._products)
+            if task.kind == "evaluate" and self._products:
+                multiply(self._products)
             total = sum(self._number(tasks[read]) for read in task.inputs)
             write_json(folder / "result.json", {"number": total + int(key[:4], 16)})
 

@@ -22,7 +22,6 @@ from coldforge.sweep.graph import counts_by_kind
 from coldforge.sweep.plan import Plan
 from coldforge.sweep.table import Sweep, over_seeds
 
-
 DRAW_EVERY_S = 0.25
 
 
@@ -75,7 +74,7 @@ class SweepListener(Listener):
             self._live.start()
 
     def changed(self, state: State) -> None:
-        """Show where the sweep stands, now and then: drawing a long sweep is work too, and may take a twentieth of it."""
+        """Show where the sweep stands, now and then: drawing a long sweep is work too, and gets a twentieth of it."""
         self._last = state
         newest = list(takewhile(lambda key: key not in self._failed, reversed(state.failures)))
         for key in reversed(newest):

@@ -13,13 +13,12 @@ from coldforge.sweep.executors import MOST_LOSSES, Outcome, attempt
 from coldforge.sweep.graph import Workshop
 from coldforge.sweep.spec import Trial
 
-
 _workshops: dict[str, Workshop] = {}
 """Of this worker, which makes many stages of one sweep: its workshop has the data in memory."""
 
 
 def _attempt(sweep: str, boxed: list[Any], trial: Trial, key: str) -> Outcome:
-    """In a worker: make one stage. A reference in a list is fetched when it is wanted, once, and not with every task."""
+    """In a worker: make one stage. A reference in a list is fetched when that is asked for, not with every task."""
     if sweep not in _workshops:
         _workshops.clear()
         _workshops[sweep] = importlib.import_module("ray").get(boxed[0])

@@ -55,8 +55,8 @@ class RecipeWorkshop:
         stage = next((stage for stage in made if stage.key == key), None)
         if stage is None:
             raise UsageError(
-                f"expected a stage {key[:16]} in trial {trial.id}, found none: this worker reads other data, or has other "
-                "versions of coldforge or onnx, than the process that planned the sweep"
+                f"expected a stage {key[:16]} in trial {trial.id}, found none: this worker reads other data, or has "
+                "other versions of coldforge or onnx, than the process that planned the sweep"
             )
         with torch_threads(shop.recipe.compute.threads):
             shop.make(stage)
