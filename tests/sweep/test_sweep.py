@@ -178,6 +178,19 @@ def test_all_executors_give_the_same_records(executor, tmp_path, record):
     assert expected.done == state.done
 
 
+def test_ray_is_not_started_for_nothing_and_fills_its_cluster(tmp_path, record):
+    ray = pytest.importorskip("ray")
+    run(tmp_path, record)
+    assert len(run(tmp_path, record, "ray").finished) == TRIALS
+    hands = make_executor("ray", ToyWorkshop(tmp_path / "store", record), workers=0, threads=1)
+    try:
+        assert not ray.is_initialized()
+        assert hands.slots == int(ray.cluster_resources()["CPU"]) >= 1
+    finally:
+        hands.close()
+    assert not ray.is_initialized()
+
+
 @pytest.mark.parametrize("executor", EXECUTORS[1:])
 def test_a_workshop_comes_to_each_worker_once(executor, tmp_path, record):
     run(tmp_path, record, executor)

@@ -42,8 +42,9 @@ class Outcome:
 class Executor(Protocol):
     """Makes stages."""
 
-    slots: int
-    """How many tasks it works on at a time."""
+    @property
+    def slots(self) -> int:
+        """How many tasks it works on at a time."""
 
     def submit(self, trial: Trial, key: str) -> None:
         """Begin, or queue, one task."""

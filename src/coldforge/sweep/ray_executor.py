@@ -45,20 +45,36 @@ class RayExecutor:
             raise UsageError(
                 "--executor ray: expected the package ray, found none; pip install coldforge[ray]"
             ) from None
+        self._made_by, self._workers, self._threads, self._address = workshop, workers, threads, address
+        self._ours = False
+        self._attempt: Any = None
+        self._running: dict[Any, str] = {}
+
+    @property
+    def slots(self) -> int:
+        """How many tasks it works on at a time."""
+        if not self._workers:
+            self._connect()
+            self._workers = max(int(self._ray.cluster_resources().get("CPU", 1)) // self._threads, 1)
+        return self._workers
+
+    def _connect(self) -> None:
+        """Join or start the cluster, when there is something to do: that takes seconds."""
+        if self._attempt is not None:
+            return
         self._ours = not self._ray.is_initialized()
         if self._ours:
             paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # the user's own architectures are there
-            processors = workers * threads or len(os.sched_getaffinity(0))
+            processors = self._workers * self._threads or len(os.sched_getaffinity(0))
             local = {"num_cpus": processors, "include_dashboard": False, "runtime_env": {"env_vars": paths}}
-            where = {"address": address} if address else local
+            where = {"address": self._address} if self._address else local
             self._ray.init(log_to_driver=False, configure_logging=False, **where)
-        self.slots = workers or max(int(self._ray.cluster_resources().get("CPU", 1)) // threads, 1)
-        self._sweep, self._workshop = uuid.uuid4().hex, [self._ray.put(workshop)]
-        self._attempt = self._ray.remote(num_cpus=threads, max_retries=MOST_LOSSES - 1)(_attempt)
-        self._running: dict[Any, str] = {}
+        self._sweep, self._workshop = uuid.uuid4().hex, [self._ray.put(self._made_by)]
+        self._attempt = self._ray.remote(num_cpus=self._threads, max_retries=MOST_LOSSES - 1)(_attempt)
 
     def submit(self, trial: Trial, key: str) -> None:
         """Hand one task to Ray."""
+        self._connect()
         self._running[self._attempt.remote(self._sweep, self._workshop, trial, key)] = key
 
     def wait(self) -> list[Outcome]:
