@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from rich.console import Console
 from toy import ToyWorkshop
 
+from coldforge import console_sweep
 from coldforge.console_sweep import SweepListener, print_sweep
 from coldforge.errors import UsageError
 from coldforge.records import Record, load_record
@@ -94,30 +96,39 @@ def test_trials_share_the_tables_that_are_equal():
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_drawing_takes_a_twentieth_of_the_time(terminal, tmp_path, record):
-    class Clock:
-        now, drawn = 0.0, 0
+def test_drawing_takes_a_twentieth_of_the_time(terminal, tmp_path, record, monkeypatch):
+    now, drawn = 0.0, 0
 
-    def tick():
-        Clock.now += 0.01
-        return Clock.now
+    def clock():
+        nonlocal now
+        now += 0.01
+        return now
 
-    class Slow(io.StringIO):
-        def write(self, text):
-            if "trials," in text:
-                Clock.drawn += 1
-                Clock.now += 1.0
-            return super().write(text)
+    def slow(state, slots):
+        nonlocal now, drawn
+        drawn, now = drawn + 1, now + 1.0
+        return f"{len(state.finished)} finished"
 
-    console = Console(file=Slow(), force_terminal=terminal, width=200)
-    with SweepListener(slots=1, console=console, clock=tick) as listener:
+    monkeypatch.setattr(console_sweep, "_line", slow)
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
+    with SweepListener(slots=1, console=console, clock=clock) as listener:
         state = go(tmp_path, ToyWorkshop(tmp_path / "store", record), listener)
-        begin = Clock.now
-        drawn = Clock.drawn
+        if terminal:  # stop the thread that draws
+            listener._live.stop()
+        begin, before = now, drawn
         for _ in range(10_000):
-            listener.changed(state)
-    assert Clock.drawn - drawn <= (Clock.now - begin) / 20 + 1
-    assert f"{TRIALS} of {TRIALS} trials" in console.file.getvalue()
+            listener._drawn() if terminal else listener.changed(state)
+        assert 2 <= drawn - before <= (now - begin) / 15
+    if not terminal:
+        assert console.file.getvalue().endswith(f"{TRIALS} finished\n")
+
+
+def test_a_thousand_workers_do_not_fill_the_screen(swept):
+    _, state = swept
+    console = Console(file=io.StringIO(), width=500)
+    busy = {key: 0.0 for key, task in state.graph.tasks.items() if task.kind == "leaf"}
+    console.print(SweepListener(slots=1000)._table(dataclasses.replace(state, running=busy)))
+    assert f" … and {TRIALS - 8} more" in console.file.getvalue()
 
 
 def test_failures_are_said_once_and_written_now_and_then(tmp_path, record, monkeypatch):

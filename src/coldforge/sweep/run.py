@@ -59,7 +59,7 @@ class State:
     @property
     def lost(self) -> dict[str, str]:
         """Trials that cannot be finished, to why."""
-        blame = self.graph.blocked_by(self.failures)
+        blame = self.graph.blocked_by(list(self.failures))
         found = {}
         for trial, keys in zip(self.trials, self.graph.needed, strict=True):
             guilty = next((blame[key] for key in keys if key in blame), None)
@@ -158,7 +158,6 @@ class _Conductor:
         # made here, on the machine whose name its key bears, with no worker's share of the processors
         key = self._alone.popleft()
         self._state.running[key] = time.monotonic()
-        self._listener.changed(self._state)
         return [attempt(self._workshop, self._trial(key), key)]
 
     def _hand_out(self) -> bool:
@@ -210,8 +209,8 @@ def time_left(state: State, slots: int) -> float | None:
     if not state.spent:
         return None
     total = 0.0
-    made_seconds = sum(seconds for seconds, _ in state.spent.values())
-    made = sum(work for _, work in state.spent.values())
+    spent = list(state.spent.values())
+    made_seconds, made = sum(seconds for seconds, _ in spent), sum(work for _, work in spent)
     for key, task in state.graph.tasks.items():
         if key in state.done or key in state.failures:
             continue
