@@ -106,7 +106,7 @@ TINY = SweepSpec(
         "evaluate.n": 20,
         "evaluate.masking_n": 0,
     },
-    axes={"prune.ratio": {"from": 0.1, "to": 0.65, "step": 0.05}},
+    axes={"prune.ratio": {"from": 0.1, "to": 0.6, "step": 0.1}},
 )
 """Real trials, as small as they can be; their stages are as many as any trial's."""
 
