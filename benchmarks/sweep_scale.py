@@ -9,7 +9,8 @@ from a full store, and to read them and write the tables; the peak memory of the
 process of its own, and the live table is drawn, as for a user.
 
 ``--overhead``: real trials, tiny ones, whose stages are all in the store: what each takes.
-``--throughput``: two workers beside one, at one thread each, on equal trials of matrix products, in turns.
+``--throughput``: two workers beside one, in turns, on equal trials of matrix products (one thread) and of sleep; and two
+bare processes beside one on the same products, which is all that the machine has to give just then.
 ``--workers``: 1 to 1000 simulated workers: what the conductor spends on each stage.
 """
 
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
-from synthetic_trials import TINY, Nothing, Numbers, Simulated, sweep_of
+from synthetic_trials import TINY, Nothing, Numbers, Simulated, multiply, sweep_of
 
 from coldforge.console_sweep import SweepListener
 from coldforge.measure import energy_per_image
@@ -59,9 +60,9 @@ def peak_bytes() -> int:
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
-def run(spec: SweepSpec, executor: str, home: Path, out: Path, workers: int, products: int = 0) -> dict[str, Any]:
+def run(spec: SweepSpec, executor: str, home: Path, out: Path, workers: int, *work: float) -> dict[str, Any]:
     """Expand, survey, conduct."""
-    workshop = Numbers(home, products)
+    workshop = Numbers(home, *work)
     begin = time.perf_counter()
     state = survey(spec, expand(spec), workshop, out)
     surveyed = time.perf_counter()
@@ -155,24 +156,41 @@ def overhead(scratch: Path) -> dict[str, Any]:
     }
 
 
-def throughput(scratch: Path, pairs: int, trials: int, products: int) -> dict[str, Any]:
-    """Seconds of one worker and of two on the same trials, in turns."""
+def throughput(scratch: Path, pairs: int, trials: int, products: int, pause: float) -> dict[str, Any]:
+    """Seconds of one worker and of two on the same trials, in turns; and of bare processes."""
     spec = sweep_of(trials, seeds=1, ratios=trials)
-    seconds: dict[int, list[float]] = {1: [], 2: []}
-    for turn in range(pairs):
-        for workers in (1, 2):
-            folder = scratch / f"{turn}-{workers}"
-            found = alone(run, spec, "process", folder / "home", folder / "out", workers, products)
-            seconds[workers].append(found["conduct_s"])
-            print(f"{workers} workers: {found['conduct_s']:.1f} s", flush=True)
-    ratios = [two / one for one, two in zip(seconds[1], seconds[2], strict=True)]
+
+    def sweep(workers: int, *work: float) -> float:
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            found = alone(run, spec, "process", Path(folder, "home"), Path(folder, "out"), workers, *work)
+        return float(found["conduct_s"])
+
+    def bare(workers: int) -> float:
+        begin = time.perf_counter()
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            list(pool.map(multiply, [products * trials // workers] * workers))
+        return time.perf_counter() - begin
+
+    ways: dict[str, Callable[[int], float]] = {
+        "computing": lambda workers: sweep(workers, products),
+        "sleeping": lambda workers: sweep(workers, 0, pause),
+        "bare": bare,
+    }
+    seconds: dict[str, dict[int, list[float]]] = {what: {1: [], 2: []} for what in ways}
+    for _ in range(pairs):
+        for what, way in ways.items():
+            for workers in (1, 2):
+                seconds[what][workers].append(way(workers))
+                print(f"{what}, {workers} workers: {seconds[what][workers][-1]:.1f} s", flush=True)
+    ratios = {what: [two / one for one, two in zip(*both.values(), strict=True)] for what, both in seconds.items()}
     return {
         "trials": trials,
         "products": products,
-        "seconds_of_one": seconds[1],
-        "seconds_of_two": seconds[2],
+        "pause_s": pause,
+        "seconds": seconds,
         "ratios": ratios,
-        "median_ratio": statistics.median(ratios),
+        "median_ratio": {what: statistics.median(each) for what, each in ratios.items()},
+        "load": os.getloadavg()[0],
     }
 
 
@@ -230,10 +248,10 @@ def table(record: dict[str, Any]) -> str:
             f"{anew:.1f} ms where the record is written too (medians of three).",
         ]
     if found := record.get("throughput"):
-        pairs = ", ".join(
-            f"{two:.1f} / {one:.1f}" for one, two in zip(found["seconds_of_one"], found["seconds_of_two"], strict=True)
-        )
-        lines += ["", f"Two workers to one: {found['median_ratio']:.2f} (median; seconds {pairs})."]
+        lines += [
+            "",
+            "Two workers to one, medians: " + ", ".join(f"{k} {v:.2f}" for k, v in found["median_ratio"].items()),
+        ]
     if found := record.get("workers"):
         lines += [
             "",
@@ -258,6 +276,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--trials", type=int, default=24, help="of the throughput")
     parser.add_argument("--products", type=int, default=300, help="matrix products of a trial, for the throughput")
+    parser.add_argument("--pause", type=float, default=3.0, help="seconds that a trial sleeps, for the throughput")
     parser.add_argument("--workers", action="store_true", help="simulated workers")
     parser.add_argument("--table", action="store_true", help="print the record as Markdown and run nothing")
     parser.add_argument("--scratch", type=Path, help="folder for stores, emptied; default: the system's")
@@ -276,7 +295,10 @@ def main() -> None:
             keep("overhead", alone(overhead, Path(scratch)))
     elif arguments.throughput:
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
-            keep("throughput", throughput(Path(scratch), arguments.pairs, arguments.trials, arguments.products))
+            keep(
+                "throughput",
+                throughput(Path(scratch), arguments.pairs, arguments.trials, arguments.products, arguments.pause),
+            )
     elif arguments.workers:
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
             keep(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,16 +39,17 @@ class Numbers:
 
     Args:
         root: of the store.
-        products: matrix products (512 x 512, one thread) that each stage of a trial's own computes first.
+        products: matrix products (512 x 512, one thread) that the last stage of a trial computes first.
+        pause: seconds that it sleeps.
     """
 
-    def __init__(self, root: Path, products: int = 0) -> None:
-        self._root, self._products = root, products
+    def __init__(self, root: Path, products: int = 0, pause: float = 0.0) -> None:
+        self._root, self._products, self._pause = root, products, pause
         self._store = Store(root)
         self._pattern: Record | None = None
 
-    def __reduce__(self) -> tuple[type[Numbers], tuple[Path, int]]:
-        return Numbers, (self._root, self._products)
+    def __reduce__(self) -> tuple[type[Numbers], tuple[Path, int, float]]:
+        return Numbers, (self._root, self._products, self._pause)
 
     def tasks(self, trial: Trial) -> Sequence[Task]:
         """baseline -> prune -> finetune -> evaluate."""
@@ -72,8 +74,9 @@ class Numbers:
         task = tasks[key]
 
         def build(folder: Path) -> None:
-            if task.kind == "evaluate" and self._products:
+            if task.kind == "evaluate":
                 multiply(self._products)
+                time.sleep(self._pause)
             total = sum(self._number(tasks[read]) for read in task.inputs)
             write_json(folder / "result.json", {"number": total + int(key[:4], 16)})
 
@@ -113,6 +116,8 @@ TINY = SweepSpec(
 
 def multiply(products: int) -> None:
     """So many products of two matrices, at one thread."""
+    if not products:
+        return
     torch.set_num_threads(1)
     left = torch.rand(512, 512, generator=torch.Generator().manual_seed(0))
     for _ in range(products):

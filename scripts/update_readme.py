@@ -144,17 +144,22 @@ def sweep_sizes(path: Path) -> str:
 def sweep_trials(path: Path) -> str:
     """Overhead of real trials, and two workers beside one."""
     record = json.loads(path.read_text(encoding="utf-8"))
-    overhead, pairs = record["overhead"], record["throughput"]
+    overhead, found = record["overhead"], record["throughput"]
     resume, anew = (statistics.median(overhead[f"{what}_ms_a_trial"]) for what in ("resume", "new_records"))
-    shown = ", ".join(
-        f"{two:.0f} s / {one:.0f} s" for one, two in zip(pairs["seconds_of_one"], pairs["seconds_of_two"], strict=True)
-    )
-    return (
+    lines = [
         f"- Real trials of {overhead['stages_a_trial']} stages that are all in the store: **{resume:.1f} ms each**, "
-        f"and {anew:.1f} ms where the record is written anew (medians of three).\n"
-        f"- {pairs['trials']} equal trials of matrix products, two workers to one at one thread each: "
-        f"**{pairs['median_ratio']:.2f} of the time** (median of {shown}; the start of the workers counts)."
-    )
+        f"and {anew:.1f} ms where the record is written anew (medians of three)."
+    ]
+    names = {
+        "computing": f"{found['trials']} trials of matrix products at one thread: two workers to one",
+        "bare": "The same products in bare processes, in the same turns: two to one",
+        "sleeping": f"{found['trials']} trials that sleep for {found['pause_s']:g} s: two workers to one",
+    }
+    for what, name in names.items():
+        both = zip(found["seconds"][what]["1"], found["seconds"][what]["2"], strict=True)
+        shown = ", ".join(f"{two:.0f} s / {one:.0f} s" for one, two in both)
+        lines.append(f"- {name}: **{found['median_ratio'][what]:.2f} of the time** (median of {shown}).")
+    return "\n".join(lines)
 
 
 def sweep_workers(path: Path) -> str:
