@@ -9,7 +9,7 @@ from a full store, and to read them and write the tables; the peak memory of the
 process of its own, and the live table is drawn, as for a user.
 
 ``--overhead``: real trials, tiny ones, whose stages are all in the store: what each takes.
-``--throughput``: two workers beside one, in turns, on equal trials of matrix products (one thread) and of sleep; and two
+``--throughput``: two workers beside one, in turns, on equal trials of matrix products (one thread) and of sleep; two
 bare processes beside one on the same products, which is all that the machine has to give just then.
 ``--workers``: 1 to 1000 simulated workers: what the conductor spends on each stage.
 """
