@@ -148,7 +148,7 @@ def sweep_trials(path: Path) -> str:
     resume, anew = (statistics.median(overhead[f"{what}_ms_a_trial"]) for what in ("resume", "new_records"))
     lines = [
         f"- Real trials of {overhead['stages_a_trial']} stages that are all in the store: **{resume:.1f} ms each**, "
-        f"and {anew:.1f} ms where the record is written anew (medians of three)."
+        f"and {anew:.1f} ms where the record is written anew (medians of five)."
     ]
     names = {
         "computing": f"{found['trials']} trials of matrix products at one thread: two workers to one",
