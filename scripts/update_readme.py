@@ -2,8 +2,8 @@
 """Write the tables of README.md and docs/ from the records they name: `python scripts/update_readme.py [--check]`.
 
 A table stands between `<!-- KIND: PATH -->` and `<!-- end -->`. PATH is a JSON file, from the root of the repository.
-KIND is `table` (a record.json), `latency`, `clipping`, `attack_parity`, `attack_speed` or `int4` (by the benchmarks of
-that name).
+KIND is `table` (a record.json), `latency`, `clipping`, `attack_parity`, `attack_speed`, `int4` (by the benchmarks of
+that name), or `sweep_seconds`, `sweep_sizes`, `sweep_trials` or `sweep_workers` (by sweep_scale).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from coldforge.records import load_record
 from coldforge.report.table import headline, summary_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "results/README.md", "docs/architecture.md", "docs/evidence.md", "docs/int4.md")
+PAGES = ("README.md", "results/README.md", "docs/architecture.md", "docs/evidence.md", "docs/int4.md", "docs/scale.md")
 TABLE = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -26,6 +27,8 @@ def filled(text: str) -> str:
     """The page with every table made anew from its file."""
     kinds = {"table": stages, "latency": latency, "clipping": clipping, "int4": int4}
     kinds |= {"attack_parity": attack_parity, "attack_speed": attack_speed}
+    kinds |= {"sweep_seconds": sweep_seconds, "sweep_sizes": sweep_sizes}
+    kinds |= {"sweep_trials": sweep_trials, "sweep_workers": sweep_workers}
     return TABLE.sub(lambda match: f"{match[1]}{kinds[match[2]](ROOT / match[3])}\n{match[4]}", text)
 
 
@@ -104,6 +107,73 @@ def int4(path: Path) -> str:
         lines += [f"- `{check['name']}`: {check['meaning']}" for check in failed]
         lines += [""] if failed else []
     return "\n".join(lines).rstrip()
+
+
+def sweep_seconds(path: Path) -> str:
+    """Seconds of each step of synthetic sweeps."""
+    lines = [
+        "| trials | executor | distinct stages | expand, survey | run | resume, all done | a trial | new records "
+        "| a trial | read records | write tables |",
+        "|---:|---|---:|" + "---:|" * 8,
+    ]
+    for row in json.loads(path.read_text(encoding="utf-8"))["scale"]:
+        lines.append(
+            f"| {row['trials']:,} | {row['executor']}, {row['workers']} | {row['stages']:,} | {row['survey_s']:.1f} s "
+            f"| {row['run_s']:.0f} s | {row['resume_s']:.1f} s | {row['resume_ms_a_trial']:.1f} ms "
+            f"| {row['rerecord_s']:.1f} s | {row['rerecord_ms_a_trial']:.1f} ms | {row['read_records_s']:.1f} s "
+            f"| {row['write_tables_s']:.1f} s |"
+        )
+    return "\n".join(lines)
+
+
+def sweep_sizes(path: Path) -> str:
+    """Memory and files of synthetic sweeps."""
+    lines = [
+        "| trials | executor | peak memory: run | resume | tables | files: store | sweep | largest folder |",
+        "|---:|---|" + "---:|" * 6,
+    ]
+    for row in json.loads(path.read_text(encoding="utf-8"))["scale"]:
+        peaks = " | ".join(f"{row['peak_bytes'][what] / 1e6:.0f} MB" for what in ("run", "resume", "tables"))
+        lines.append(
+            f"| {row['trials']:,} | {row['executor']}, {row['workers']} | {peaks} | {row['files_of_the_store']:,} "
+            f"| {row['files_of_the_sweep']:,} | {row['largest_folder']:,} |"
+        )
+    return "\n".join(lines)
+
+
+def sweep_trials(path: Path) -> str:
+    """Overhead of real trials, and two workers beside one."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    overhead, found = record["overhead"], record["throughput"]
+    resume, anew = (statistics.median(overhead[f"{what}_ms_a_trial"]) for what in ("resume", "new_records"))
+    lines = [
+        f"- Real trials of {overhead['stages_a_trial']} stages that are all in the store: **{resume:.1f} ms each**, "
+        f"and {anew:.1f} ms where the record is written anew (medians of five)."
+    ]
+    names = {
+        "computing": f"{found['trials']} trials of matrix products at one thread: two workers to one",
+        "bare": "The same products in bare processes, in the same turns: two to one",
+        "sleeping": f"{found['trials']} trials that sleep for {found['pause_s']:g} s: two workers to one",
+    }
+    for what, name in names.items():
+        both = zip(found["seconds"][what]["1"], found["seconds"][what]["2"], strict=True)
+        shown = ", ".join(f"{two:.0f} s / {one:.0f} s" for one, two in both)
+        lines.append(f"- {name}: **{found['median_ratio'][what]:.2f} of the time** (median of {shown}).")
+    return "\n".join(lines)
+
+
+def sweep_workers(path: Path) -> str:
+    """What the conductor spends on a stage, by the number of workers."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["workers"]
+    crowds = sorted({row["workers"] for row in rows})
+    spent = {(row["trials"], row["workers"]): f"{row['conduct_us_a_stage']:.0f} µs" for row in rows}
+    lines = [
+        "| trials | " + " | ".join(f"{crowd:,} worker{'s' * (crowd > 1)}" for crowd in crowds) + " |",
+        "|---:|" + "---:|" * len(crowds),
+    ]
+    for size in sorted({row["trials"] for row in rows}):
+        lines.append(f"| {size:,} | " + " | ".join(spent[size, crowd] for crowd in crowds) + " |")
+    return "\n".join(lines)
 
 
 def main() -> int:

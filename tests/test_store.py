@@ -120,6 +120,24 @@ def test_a_stage_is_built_once(store):
     assert (entry.kind, entry.key, entry.describe["label"], entry.problem) == ("baseline", KEY, "the baseline", "")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads from /proc which file a handle is")
+def test_a_stage_waits_for_the_disk_once_for_each_file_and_folder(store, monkeypatch):
+    waits, fsync = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (waits.append(os.readlink(f"/proc/self/fd/{handle}")), fsync(handle))
+    )
+    folder = store.stage("baseline", KEY, Builder())
+    work = store.root / "work" / f"baseline-{KEY[:16]}"
+    assert [Path(path) for path in waits if ".manifest" not in path] == [
+        work / "a.bin",
+        work / "inner" / "b.bin",
+        work / "inner",
+        work,
+        folder.parent,
+    ]
+    assert len(waits) == 6, "and the manifest, before it has its name"
+
+
 def test_a_failed_build_is_resumed_from_its_checkpoints_and_nothing_else(store):
     seen = []
 
@@ -422,7 +440,7 @@ def _steps(folder):
         (folder / name).write_text(f"{total}" * 1000)
 
 
-@pytest.mark.parametrize("place", ["coldforge.sealed.write_atomic", "os.rename", "coldforge.store.fsync"])
+@pytest.mark.parametrize("place", ["coldforge.sealed.write_whole", "os.rename", "coldforge.store.fsync"])
 def test_a_kill_between_building_and_publishing_builds_nothing_twice_or_again(store, monkeypatch, place):
     build = Builder()
 
@@ -435,7 +453,7 @@ def test_a_kill_between_building_and_publishing_builds_nothing_twice_or_again(st
             store.stage("baseline", KEY, build)
     assert not store.has("baseline", KEY)
     store.stage("baseline", KEY, build)
-    assert build.calls == (2 if "write_atomic" in place else 1)  # once sealed, it is only published
+    assert build.calls == (2 if "write_whole" in place else 1)  # once sealed, it is only published
     assert not store.verify()[0].problem
 
 

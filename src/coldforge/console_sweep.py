@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,6 +22,9 @@ from coldforge.sweep import Listener, State, time_left
 from coldforge.sweep.graph import counts_by_kind
 from coldforge.sweep.plan import Plan
 from coldforge.sweep.table import Sweep, over_seeds
+
+_NAMED = 8
+"""Stages under way that a row of the live table names."""
 
 
 class SweepListener(Listener):
@@ -43,7 +48,9 @@ class SweepListener(Listener):
         self._slots, self._quiet, self._clock = slots, quiet, clock
         self._console = console or Console(stderr=True)
         self._live: Live | None = None
-        self._last = 0.0
+        self._state: State | None = None
+        self._not_before = -math.inf
+        self._shown = Table()
         self._failed: set[str] = set()
 
     def __enter__(self) -> Self:
@@ -55,39 +62,50 @@ class SweepListener(Listener):
         if self._live is not None:
             self._live.stop()
             self._live = None
+        elif self._state is not None and not self._quiet:
+            self._console.print(_line(self._state, self._slots), highlight=False, markup=False)
 
     def planned(self, state: State) -> None:
         """Say what is to come."""
-        self._failed = set(state.failures)
+        self._failed, self._state = set(state.failures), state
         if self._quiet:
             return
         words = f"{len(state.trials)} trials, {len(state.graph.tasks)} stages, {state.found} of them in the store"
         self._console.print(words, highlight=False)
         if self._console.is_terminal:
-            self._live = Live(self._table(state), console=self._console, refresh_per_second=4, transient=True)
+            self._live = Live(get_renderable=self._drawn, console=self._console, refresh_per_second=4, transient=True)
             self._live.start()
 
     def changed(self, state: State) -> None:
-        """Show where the sweep stands."""
-        for key in [key for key in state.failures if key not in self._failed]:
+        """Say what failed; without a live table, where the sweep stands, now and then."""
+        newest = list(takewhile(lambda key: key not in self._failed, reversed(state.failures)))
+        for key in reversed(newest):
             self._failed.add(key)
             failure = state.failures[key]
             self._console.print(f"failed: {failure.label}: {failure.error}", style="red", markup=False)
-        if self._quiet:
+        if self._quiet or self._live is not None or self._clock() < self._not_before:
             return
-        if self._live is not None:
-            self._live.update(self._table(state))
-        elif self._clock() - self._last >= LINE_EVERY_S or not state.running:
-            self._last = self._clock()
-            self._console.print(_line(state, self._slots), highlight=False, markup=False)
+        self._not_before = self._clock() + LINE_EVERY_S
+        self._console.print(_line(state, self._slots), highlight=False, markup=False)
+
+    def _drawn(self) -> Table:
+        """The live table, for the thread that shows it. In a long sweep that is work: it gets a twentieth of time."""
+        begin = self._clock()
+        if self._state is not None and begin >= self._not_before:
+            self._shown = self._table(self._state)
+            end = self._clock()
+            self._not_before = end + 20 * (end - begin)
+        return self._shown
 
     def _table(self, state: State) -> Table:
         table = Table("stage", "made", "failed", "now", box=box.SIMPLE_HEAD, title=_line(state, self._slots))
-        now = [state.graph.tasks[key] for key in state.running]
+        tasks = state.graph.tasks
+        now, failures = ([tasks[key] for key in list(keys)] for keys in (state.running, state.failures))  # they change
         for kind, (total, done) in counts_by_kind(state.graph, state.done).items():
-            failed = sum(state.graph.tasks[key].kind == kind for key in state.failures)
-            running = ", ".join(task.label for task in now if task.kind == kind)
-            table.add_row(kind, f"{done} of {total}", str(failed or ""), running)
+            failed = sum(task.kind == kind for task in failures)
+            running = [task.label for task in now if task.kind == kind]
+            more = f" … and {len(running) - _NAMED} more" if len(running) > _NAMED else ""
+            table.add_row(kind, f"{done} of {total}", str(failed or ""), ", ".join(running[:_NAMED]) + more)
         return table
 
 
@@ -137,8 +155,10 @@ def print_sweep(results: Sweep, state: State, page: Path) -> None:
         for mean in found
     ]
     print_table((*results.axes, "seeds", "clean %", "robust % (worst case)", "file", "MACs"), rows)
-    for label, why in {trial.label: state.lost[trial.id] for trial in state.trials if trial.id in state.lost}.items():
-        sys.stdout.write(f"failed: {label}: {why}\n")
+    lost = state.lost
+    for trial in state.trials:
+        if trial.id in lost:
+            sys.stdout.write(f"failed: {trial.label}: {lost[trial.id]}\n")
     graph = state.graph
     if graph.macs_alone:
         share = graph.macs / graph.macs_alone

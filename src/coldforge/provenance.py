@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def provenance(seed: int, command: str | Sequence[str] = "", **more: Any) -> dic
     Returns:
         command, created (UTC, ISO 8601), seed, git_commit, git_dirty, versions, hardware, os; and ``more``.
     """
-    commit, dirty = git_state(Path(__file__).parent)
+    commit, dirty = _own_git_state()
     return {
         "command": command if isinstance(command, str) else shlex.join(command),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -75,6 +76,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "coldforge": __version__, **installed}
 
 
+@cache  # of what is imported, for good; it is read from disk in milliseconds, and asked for in every key of a sweep
 def _version(name: str) -> str:
     with contextlib.suppress(metadata.PackageNotFoundError):
         return metadata.version(name)
@@ -222,6 +224,11 @@ def git_state(folder: Path | None = None) -> tuple[str, bool]:
     """
     commit = _git(folder, "rev-parse", "--verify", "HEAD").strip()
     return (commit, bool(_git(folder, "status", "--porcelain").strip())) if commit else ("", False)
+
+
+@cache  # the code that runs is that of the moment when it was imported
+def _own_git_state() -> tuple[str, bool]:
+    return git_state(Path(__file__).parent)
 
 
 def _git(folder: Path | None, *arguments: str) -> str:

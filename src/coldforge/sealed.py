@@ -21,12 +21,18 @@ MANIFEST = "manifest.json"
 
 
 def write_atomic(path: Path, content: bytes | str | Callable[[Path], object]) -> None:
-    """Write a file whole or not at all: temporary name, fsync, rename.
+    """Write a file whole or not at all, for good: temporary name, fsync, rename, fsync of the folder.
 
     Args:
         path: where the file goes; its folder exists.
         content: the bytes, a text (UTF-8), or a function that writes the file at the path it is given.
     """
+    write_whole(path, content)
+    fsync(path.parent)
+
+
+def write_whole(path: Path, content: bytes | str | Callable[[Path], object]) -> None:
+    """The same without the last step: a power cut may leave no file, or the one before. Half of one it never leaves."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         if callable(content):
@@ -39,7 +45,6 @@ def write_atomic(path: Path, content: bytes | str | Callable[[Path], object]) ->
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    fsync(path.parent)
 
 
 def fsync(path: Path) -> None:
@@ -71,6 +76,8 @@ def only_for_resuming(relative: Path) -> bool:
 def seal(folder: Path, kind: str, key: str, describe: Mapping[str, Any]) -> None:
     """Bring all files of a folder to the disk and write its manifest; checkpoints are left out.
 
+    The names in the folder itself are left to the caller's :func:`fsync`.
+
     Raises:
         UsageError: where there is a file of the manifest's name already.
     """
@@ -81,7 +88,7 @@ def seal(folder: Path, kind: str, key: str, describe: Mapping[str, Any]) -> None
         if not only_for_resuming(path.relative_to(folder)):
             fsync(path)
             files[path.relative_to(folder).as_posix()] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
-    for inner in sorted({(folder / name).parent for name in files}):
+    for inner in sorted({(folder / name).parent for name in files} - {folder}):
         fsync(inner)
     manifest = {
         "kind": kind,
@@ -91,7 +98,7 @@ def seal(folder: Path, kind: str, key: str, describe: Mapping[str, Any]) -> None
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "coldforge_version": __version__,
     }
-    write_atomic(folder / MANIFEST, json.dumps({**manifest, "checksum": spec_hash(manifest)}, indent=2) + "\n")
+    write_whole(folder / MANIFEST, json.dumps({**manifest, "checksum": spec_hash(manifest)}, indent=2) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

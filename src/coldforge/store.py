@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from coldforge.errors import StoreError, UsageError
-from coldforge.lease import Lease, leased_names
+from coldforge.lease import Lease, Leases
 from coldforge.progress import Progress
 from coldforge.sealed import (
     MANIFEST,
@@ -269,6 +269,7 @@ class Store:
             dry_run: only say what would be deleted.
         """
         removed: list[Entry] = []
+        in_use = Leases(self.root / "running", besides=self._lease)
         try:
             for entry in [*self.entries(), *self._unfinished()]:
                 if entry.needed_by:
@@ -276,7 +277,7 @@ class Store:
                 unfinished = entry.kind == "unfinished"
                 name = entry.path.name if unfinished else self._name(entry.kind, entry.path.name)
                 with self._lock_if_free(name) as free:
-                    if not free or name in self._in_use() or not entry.path.exists():
+                    if not free or name in in_use or not entry.path.exists():
                         continue
                     removed.append(entry)
                     if not dry_run:
@@ -358,10 +359,6 @@ class Store:
         if self._lease is None or self._lease.pid != os.getpid():
             self._lease = Lease(self.root / "running")
         self._lease.add(self._name(kind, key))
-
-    def _in_use(self) -> set[str]:
-        """Names of the stages that living processes, this store aside, have used."""
-        return leased_names(self.root / "running", besides=self._lease)
 
     def _disk_trouble(self, error: OSError) -> bool:
         """Whether an error is about the store's own disk, and not about, say, a data file that build() reads."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -178,6 +179,28 @@ def test_all_executors_give_the_same_records(executor, tmp_path, record):
     assert expected.done == state.done
 
 
+def test_ray_is_not_started_for_nothing_and_fills_its_cluster(tmp_path, record):
+    ray = pytest.importorskip("ray")
+    run(tmp_path, record)
+    assert len(run(tmp_path, record, "ray").finished) == TRIALS
+    hands = make_executor("ray", ToyWorkshop(tmp_path / "store", record), workers=0, threads=1)
+    try:
+        assert not ray.is_initialized()
+        assert hands.slots == int(ray.cluster_resources()["CPU"]) >= 1
+    finally:
+        hands.close()
+    assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize("executor", EXECUTORS[1:])
+def test_a_workshop_comes_to_each_worker_once(executor, tmp_path, record):
+    run(tmp_path, record, executor)
+    lines = [line.split() for line in (tmp_path / "log").read_text(encoding="utf-8").splitlines()]
+    workers = Counter(pid for _, pid, what, *_ in lines if what == "came")
+    assert set(workers) == {pid for _, pid, what, *_ in lines if what == "made"} - {str(os.getpid())}
+    assert set(workers.values()) == {1}
+
+
 def test_what_is_timed_runs_alone(tmp_path, record):
     run(tmp_path, record, "process", workers=3, seconds=0.03)
     events = [line.split(maxsplit=3) for line in (tmp_path / "log").read_text(encoding="utf-8").splitlines()]
@@ -185,7 +208,9 @@ def test_what_is_timed_runs_alone(tmp_path, record):
     together = 0
     for _, pid, what, label in sorted(events, key=lambda event: float(event[0])):
         if what == "begin":
-            assert not (label.startswith("measure") and running)
+            if label.startswith("measure"):
+                assert not running
+                assert int(pid) == os.getpid(), "a worker, with its share of the processors, is another machine"
             running.add(pid)
             together = max(together, len(running))
         else:

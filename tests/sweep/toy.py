@@ -85,7 +85,9 @@ class ToyWorkshop:
 
 
 def _toy(root, record, seconds, trouble):
-    return ToyWorkshop(root, record, seconds=seconds, trouble=trouble)
+    workshop = ToyWorkshop(root, record, seconds=seconds, trouble=trouble)
+    workshop.log("came to a worker")
+    return workshop
 
 
 def main(file, record, executor, folder):

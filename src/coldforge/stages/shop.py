@@ -24,7 +24,7 @@ from coldforge.measure import count_macs
 from coldforge.models import ModelSource, channels_last
 from coldforge.progress import Progress
 from coldforge.recipe import Recipe
-from coldforge.store import Store, write_atomic
+from coldforge.store import Store
 from coldforge.store import key as stage_key
 from coldforge.train import Team
 
@@ -161,8 +161,8 @@ class Arrow:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write plain values."""
-    write_atomic(path, json.dumps(values, indent=1, sort_keys=True) + "\n")
+    """Write plain values into a stage's work folder, which the store brings to the disk."""
+    path.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -42,8 +42,9 @@ class Outcome:
 class Executor(Protocol):
     """Makes stages."""
 
-    slots: int
-    """How many tasks it works on at a time."""
+    @property
+    def slots(self) -> int:
+        """How many tasks it works on at a time."""
 
     def submit(self, trial: Trial, key: str) -> None:
         """Begin, or queue, one task."""
@@ -229,7 +230,7 @@ def make_executor(name: str, workshop: Workshop, *, workers: int, threads: int, 
     Args:
         name: "serial", "process" or "ray".
         workshop: makes the stages.
-        workers: how many tasks at a time; 0: as many as the processors allow.
+        workers: how many tasks at a time; 0: as many as the processors, of this machine or the Ray cluster, allow.
         threads: of each task.
         address: of a Ray cluster; empty starts a local one.
 
@@ -238,8 +239,8 @@ def make_executor(name: str, workshop: Workshop, *, workers: int, threads: int, 
     """
     if name == "serial":
         return Serial(workshop)
-    workers = workers or max(len(os.sched_getaffinity(0)) // threads, 1)
     if name == "process":
+        workers = workers or max(len(os.sched_getaffinity(0)) // threads, 1)
         return Processes(workshop, workers=workers, threads=threads)
     if name == "ray":
         from coldforge.sweep.ray_executor import RayExecutor

@@ -22,7 +22,7 @@ from typing import Any
 
 from coldforge.errors import StoreError, UsageError
 from coldforge.store import write_atomic
-from coldforge.sweep.executors import Executor, Outcome
+from coldforge.sweep.executors import Executor, Outcome, attempt
 from coldforge.sweep.graph import EXCLUSIVE, Graph, Workshop
 from coldforge.sweep.spec import SweepSpec, Trial
 
@@ -69,7 +69,7 @@ class State:
     @property
     def guilty(self) -> dict[str, str]:
         """Trials that cannot be finished, to the first stage that failed them."""
-        blame = self.graph.blocked_by(self.failures)
+        blame = self.graph.blocked_by(list(self.failures))
         found = {}
         for trial, keys in zip(self.trials, self.graph.needed, strict=True):
             key = next((blame[key] for key in keys if key in blame), None)
@@ -106,7 +106,7 @@ def conduct(
 
     Args:
         state: from :func:`survey`.
-        workshop: writes the records; may be the one that the executor has.
+        workshop: writes the records and makes what is timed; may be the one that the executor has.
         executor: makes the stages.
         out: folder of the sweep.
         retry_failed: try again what failed before.
@@ -142,21 +142,33 @@ class _Conductor:
         # the newest first: what a finished stage made possible comes before other trials, so that trials end early
         self._ready: deque[str] = deque(reversed([key for key in wanted if not self._missing[key]]))
         self._alone: deque[str] = deque()
+        self._failures = _FailureFile(out, state)
 
     def run(self) -> None:
         self._listener.planned(self._state)
-        for number, left in enumerate(self._left):
-            if not left:
-                self._finish(number)
         try:
-            while self._hand_out():
-                for outcome in self._executor.wait():
+            for number, left in enumerate(self._left):
+                if not left:
+                    self._finish(number)
+            while outcomes := self._work():
+                for outcome in outcomes:
                     self._take(outcome)
+                self._failures.save()
                 self._listener.changed(self._state)
-        except BaseException:
+        finally:
             self._executor.close()
-            raise
-        self._executor.close()
+            self._failures.save(at_once=True)
+
+    def _work(self) -> list[Outcome]:
+        """What was done since; nothing where nothing is left that can be done."""
+        if self._hand_out():
+            return self._executor.wait()
+        if not self._alone:
+            return []
+        # made here, on the machine whose name its key bears, with no worker's share of the processors
+        key = self._alone.popleft()
+        self._state.running[key] = time.monotonic()
+        return [attempt(self._workshop, self._trial(key), key)]
 
     def _hand_out(self) -> bool:
         """Keep all workers busy; False where nothing is under way or can be begun."""
@@ -166,15 +178,12 @@ class _Conductor:
             if state.graph.tasks[key].kind in EXCLUSIVE:
                 self._alone.append(key)
             else:
-                self._begin(key)
-        if not state.running and self._alone:
-            self._begin(self._alone.popleft())
+                state.running[key] = time.monotonic()
+                self._executor.submit(self._trial(key), key)
         return bool(state.running)
 
-    def _begin(self, key: str) -> None:
-        state = self._state
-        state.running[key] = time.monotonic()
-        self._executor.submit(state.trials[state.graph.trial_of[key]], key)
+    def _trial(self, key: str) -> Trial:
+        return self._state.trials[self._state.graph.trial_of[key]]
 
     def _take(self, outcome: Outcome) -> None:
         state, key = self._state, outcome.key
@@ -182,7 +191,7 @@ class _Conductor:
         del state.running[key]
         if outcome.error:
             state.failures[key] = Failure(task.label, outcome.error, outcome.details)
-            _write_failures(self._out, state)
+            self._failures.changed = True
             return
         state.done.add(key)
         seconds, work = state.spent.get(task.kind, (0.0, 0.0))
@@ -210,8 +219,8 @@ def time_left(state: State, slots: int) -> float | None:
     if not state.spent:
         return None
     total = 0.0
-    made_seconds = sum(seconds for seconds, _ in state.spent.values())
-    made = sum(work for _, work in state.spent.values())
+    spent = list(state.spent.values())
+    made_seconds, made = sum(seconds for seconds, _ in spent), sum(work for _, work in spent)
     for key, task in state.graph.tasks.items():
         if key in state.done or key in state.failures:
             continue
@@ -242,7 +251,8 @@ def _prepare(state: State, out: Path) -> None:
         }
         content = {**state.spec.model_dump(mode="json"), "trials": trials, "stages": stages}
         write_atomic(before, json.dumps(content, indent=1, default=str) + "\n")
-        _write_failures(out, state)
+        if state.failures or (out / FAILURES).exists():
+            _write_failures(out, state)
     except OSError as error:
         raise StoreError(f"cannot write the sweep into {out}: {error.strerror or error}") from error
 
@@ -257,9 +267,27 @@ def load_failures(out: Path) -> dict[str, Failure]:
 
 
 def _write_failures(out: Path, state: State) -> None:
-    if state.failures or (out / FAILURES).exists():
-        lost: dict[str, list[str]] = {}
-        for trial, key in state.guilty.items():
-            lost.setdefault(key, []).append(trial)
-        content = {key: {**asdict(failure), "trials": lost.get(key, [])} for key, failure in state.failures.items()}
-        write_atomic(out / FAILURES, json.dumps(content, indent=1) + "\n")
+    lost: dict[str, list[str]] = {}
+    for trial, key in state.guilty.items():
+        lost.setdefault(key, []).append(trial)
+    content = {key: {**asdict(failure), "trials": lost.get(key, [])} for key, failure in state.failures.items()}
+    write_atomic(out / FAILURES, json.dumps(content, indent=1) + "\n")
+
+
+class _FailureFile:
+    """Writes failures as they come, but spends only a twentieth of the time on it: where thousands fail, the file is
+    long. What a kill takes away is tried once more.
+    """
+
+    def __init__(self, out: Path, state: State) -> None:
+        self._out, self._state = out, state
+        self._not_before = 0.0
+        self.changed = False
+
+    def save(self, *, at_once: bool = False) -> None:
+        """Write what has changed."""
+        begin = time.monotonic()
+        if self.changed and (at_once or begin >= self._not_before):
+            _write_failures(self._out, self._state)
+            end = time.monotonic()
+            self._not_before, self.changed = end + 20 * (end - begin), False

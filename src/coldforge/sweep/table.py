@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
 import statistics
@@ -145,11 +144,14 @@ def write_tables(sweep: Sweep) -> tuple[Path, Path]:
     names = columns(sweep.rows)
     table = pa.table({name: [row.get(name) for row in sweep.rows] for name in names})
     write_atomic(sweep.folder / PARQUET, lambda path: pq.write_table(table, path))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(sweep.rows)
-    write_atomic(sweep.folder / CSV, text.getvalue())
+
+    def write_csv(path: Path) -> None:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(sweep.rows)
+
+    write_atomic(sweep.folder / CSV, write_csv)
     return sweep.folder / PARQUET, sweep.folder / CSV
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from coldforge import assemble
 from coldforge.data import DataSplits, load_data
+from coldforge.errors import UsageError
 from coldforge.models import ModelSource, check_classifier, model_source, torch_threads
 from coldforge.pipeline import arrow, resolve
 from coldforge.progress import Progress
 from coldforge.records import Record
 from coldforge.spec import spec_hash
-from coldforge.stages import Arrow, Shop, Stage
+from coldforge.stages import Arrow, Shop
 from coldforge.store import Store, write_atomic
 from coldforge.sweep.graph import Task
 from coldforge.sweep.spec import Trial
@@ -51,7 +52,12 @@ class RecipeWorkshop:
     def make(self, trial: Trial, key: str) -> None:
         """Make one stage of a trial."""
         shop, made = self._declared(trial)
-        stage: Stage = next(stage for stage in made if stage.key == key)
+        stage = next((stage for stage in made if stage.key == key), None)
+        if stage is None:
+            raise UsageError(
+                f"expected a stage {key[:16]} in trial {trial.id}, found none: this worker reads other data, or has "
+                "other versions of coldforge or onnx, than the process that planned the sweep"
+            )
         with torch_threads(shop.recipe.compute.threads):
             shop.make(stage)
 
