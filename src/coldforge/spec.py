@@ -37,3 +37,8 @@ def spec_hash(*parts: object) -> str:
 
     text = json.dumps([plain(part) for part in parts], sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def seed_of(*parts: object) -> int:
+    """A seed of its own for whatever ``parts`` name; below 2**60."""
+    return int(spec_hash(*parts)[:15], 16)

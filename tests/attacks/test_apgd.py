@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from coldforge.attacks import APGD, ThreatModel, parse_attack, predict
 from coldforge.attacks.apgd import strongest_others, targeted_direction
 from coldforge.attacks.base import Slots
-from coldforge.attacks.randomness import image_key
+from coldforge.spec import seed_of
 
 LINF, L2 = ThreatModel("linf", 0.18), ThreatModel("l2", 1.2)
 CHECKPOINTS = {
@@ -140,7 +140,7 @@ def test_equals_its_slow_twin(task: tuple[nn.Module, Tensor, Tensor], loss: Any,
         for row, which in enumerate(rows.tolist()):
             alike = True
             for run in range(2 if loss == "dlr" else 1):
-                key = image_key(0, attack.name, which, run)
+                key = seed_of(0, attack.name, which, run)
                 start = tm.random_start(images[which][None], torch.Generator().manual_seed(key))[0].double()
                 clean, label, target = images[which].double(), int(labels[which]), int(targets[row, run])
                 step, sizes = slow_apgd(model, clean, label, target, start, attack, tm)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from coldforge.attacks import PGD, Attack, ThreatModel, check_images, margins, parse_attack, predict
 from coldforge.attacks.base import Slots
 from coldforge.attacks.query import TILE, loss_direction, query
-from coldforge.attacks.randomness import image_key
 from coldforge.errors import AttackError, RecipeError
+from coldforge.spec import seed_of
 
 
 def hashed(model: nn.Module) -> str:
@@ -130,7 +130,7 @@ def test_pgd_equals_its_slow_twin(task: Any, name: str) -> None:
     for row, which in enumerate(right.tolist()):
         start = images[which]
         if attack.random_start:
-            generator = torch.Generator().manual_seed(image_key(0, attack.name, which, 0))
+            generator = torch.Generator().manual_seed(seed_of(0, attack.name, which, 0))
             start = LINF.random_start(images[which][None], generator)[0]
         fooled, step = slow_pgd(model, images[which], int(labels[which]), start, attack, LINF)
         same += (fooled, step) == (bool(result.fooled[row]), int(result.step[row]))

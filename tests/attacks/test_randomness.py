@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coldforge.attacks.randomness import image_key, signs, uniforms
+from coldforge.attacks.randomness import signs, uniforms
+from coldforge.spec import seed_of
 
 MASK = 2**64 - 1
 KEYS = st.integers(0, 2**60 - 1)
@@ -78,7 +79,7 @@ def test_asking_for_more_lanes_changes_none(key: int, counter: int, few: int, mo
 @pytest.fixture(scope="module")
 def draws() -> Tensor:
     """(64 steps, 64 keys, 16 lanes), as Square draws them."""
-    keys = torch.tensor([image_key(0, "square", image, 0) for image in range(64)])
+    keys = torch.tensor([seed_of(0, "square", image, 0) for image in range(64)])
     return torch.stack([uniforms(keys, torch.full((64,), step), 16) for step in range(64)])
 
 
@@ -121,7 +122,7 @@ def test_no_two_draws_are_the_same_stream(draws: Tensor) -> None:
 
 def test_a_key_names_the_draw() -> None:
     parts = list(itertools.product((0, 1), "ab", (0, 1, 10), (0, 1)))
-    keys = [image_key(*each) for each in parts]
+    keys = [seed_of(*each) for each in parts]
     assert len(set(keys)) == len(parts)
     assert all(0 <= key < 2**60 for key in keys)
-    assert image_key(1, "a", 11, 1) != image_key(11, "a", 1, 1), "parts do not run into each other"
+    assert seed_of(1, "a", 11, 1) != seed_of(11, "a", 1, 1), "parts do not run into each other"

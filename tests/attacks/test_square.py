@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from coldforge.attacks import Square, ThreatModel, margins, predict
 from coldforge.attacks.base import Slots
-from coldforge.attacks.randomness import image_key, uniforms
+from coldforge.attacks.randomness import uniforms
 from coldforge.attacks.square import _corner, _inside
+from coldforge.spec import seed_of
 
 LINF, L2 = ThreatModel("linf", 0.25), ThreatModel("l2", 1.5)
 
@@ -90,7 +91,7 @@ def test_the_loss_of_accepted_points_never_rises(task: tuple[nn.Module, Tensor, 
     standing = (~found.fooled).nonzero()[:, 0].tolist()
     assert len(standing) > 5
     for image in standing:
-        margin = Recorded.best[image_key(0, attack.name, image, 0)][:81]
+        margin = Recorded.best[seed_of(0, attack.name, image, 0)][:81]
         assert margin == sorted(margin, reverse=True)
         assert margin[-1] == float(found.margin[image]) < margin[0]
 
@@ -146,7 +147,7 @@ def test_equals_its_slow_twin(task: tuple[nn.Module, Tensor, Tensor]) -> None:
     wide = ThreatModel("linf", 0.33)
     found = attack(model, images[rows], labels[rows], wide, indices=rows)
     for row, which in enumerate(rows.tolist()):
-        key = image_key(0, attack.name, which, 0)
+        key = seed_of(0, attack.name, which, 0)
         step, accepted = slow_square(model, images[which], int(labels[which]), key, 60, wide.eps)
         assert int(found.step[row]) == step
         assert float(found.margin[row]) == accepted[-1]

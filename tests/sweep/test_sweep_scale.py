@@ -170,7 +170,7 @@ def test_what_was_lost_is_found_out_once(swept, monkeypatch, capsys):
     folder, state = swept
     asked = []
     monkeypatch.setattr(State, "lost", property(lambda state: asked.append(1) or {state.trials[0].id: "why"}))
-    print_sweep(load_results(folder / "out"), state)
+    print_sweep(load_results(folder / "out"), state, folder / "out" / "report.html")
     assert len(asked) == 1
     assert f"failed: {state.trials[0].label}: why" in capsys.readouterr().out
 

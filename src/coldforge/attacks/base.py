@@ -20,9 +20,8 @@ from pydantic import model_validator
 from torch import Tensor
 
 from coldforge.attacks.query import TILE, Classifier, Judge, check_images, loss_direction, margins, query, untouched
-from coldforge.attacks.randomness import image_key
 from coldforge.attacks.threat import ThreatModel
-from coldforge.spec import Spec
+from coldforge.spec import Spec, seed_of
 
 _PROGRESS_PASSES = 8
 _DOUBT = 0.01
@@ -193,7 +192,7 @@ class Attack(Spec, ABC):
                     for row in free:
                         which, run = waiting.popleft()
                         image[row], slots.step[row], slots.run[row] = which, 0, run
-                        slots.key[row] = image_key(seed, self.name, int(names[which]), run)
+                        slots.key[row] = seed_of(seed, self.name, int(names[which]), run)
                     at = image[free]
                     slots.clean[free], slots.labels[free] = images[at], labels[at]
                     if targets is not None:

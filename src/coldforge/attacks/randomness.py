@@ -9,16 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from coldforge.spec import spec_hash
-
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
 _MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX2 = -7723592293110705685  # 0x94D049BB133111EB
-
-
-def image_key(*parts: object) -> int:
-    """A 60-bit key from whatever names a draw: seed, attack, image, run."""
-    return int(spec_hash(*parts)[:15], 16)
 
 
 def uniforms(keys: Tensor, counters: Tensor, lanes: int) -> Tensor:

@@ -68,12 +68,13 @@ def round_to_grid(x: Tensor, step: Tensor, low: float, high: float) -> Tensor:
         low: smallest code less the code of 0.
         high: largest code less the code of 0.
     """
-    return _shaped(_compiled(_round)(_flat(x, x), step, low, high), x)
+    x = x.detach()
+    return _shaped(_compiled(_round)(_flat(x, x), step.detach(), low, high), x)
 
 
 def gradients(grad: Tensor, x: Tensor, step: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`round_to_grid`: by ``x``, straight through inside the range; by ``step``, as in LSQ."""
-    grad_x, grad_step = _compiled(_gradients)(_flat(grad, x), _flat(x, x), step, low, high)
+    grad_x, grad_step = _compiled(_gradients)(_flat(grad.detach(), x), _flat(x.detach(), x), step.detach(), low, high)
     return _shaped(grad_x, x), grad_step
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from coldforge.records import CurvePoint
 from coldforge.store import write_atomic
+from coldforge.train.weights import copies
 
 _NOW, _GOOD = "checkpoint.safetensors", "checkpoint-good.safetensors"
 
@@ -103,8 +104,8 @@ class Shelf:
         if self._folder is not None:
             save_state(self._folder / _GOOD, state)
         else:
-            copies = {name: {k: v.detach().clone() for k, v in getattr(state, name).items()} for name in _GROUPS}
-            self._good = replace(state, **copies)  # type: ignore[arg-type]
+            kept = {name: copies(getattr(state, name)) for name in _GROUPS}
+            self._good = replace(state, **kept)  # type: ignore[arg-type]
 
     def last(self) -> TrainState | None:
         """The state to continue from; None where there is none, or it cannot be read."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,14 +33,14 @@ from coldforge.models import channels_last
 from coldforge.provenance import cpp_compiler
 from coldforge.recipe import TrainSpec
 from coldforge.records import CurvePoint
-from coldforge.spec import spec_hash
+from coldforge.spec import seed_of
 from coldforge.train.batchnorm import whole_batch
 from coldforge.train.checkpoint import Shelf, TrainState
 from coldforge.train.guard import Collapse, NotFinite, Overfitting, monitor, refuse_collapse
 from coldforge.train.objective import Objective, Teacher
 from coldforge.train.optimizer import make_fabric, parameter_groups, quantizer_steps
 from coldforge.train.schedule import bits_now, learning_rate, ramped_eps
-from coldforge.train.weights import Averaged, perturbed
+from coldforge.train.weights import Averaged, copies, perturbed
 from coldforge.train.world import World
 
 CHECKPOINT_SECONDS = 15.0
@@ -208,7 +208,7 @@ class _Attempt:
             self._image_macs += count_macs(teacher, data.image_shape)
         if spec.bits_ramp:
             set_bits(self._network, self._bits(max(state.step - 1, 0)), keep_steps=bool(state.model))
-        self._calibrated = _copies(quantizer_steps(self._network))
+        self._calibrated = copies(quantizer_steps(self._network))
         if state.model:
             state.restore(self._network, optimizer)
             for name, start in state.steps.items():
@@ -272,7 +272,7 @@ class _Attempt:
         """One step of the optimizer on a batch, of which this process computes its share; the loss."""
         spec, network = self._spec, self._network
         if spec.bits_ramp and set_bits(network, self._bits(step)):
-            self._calibrated = _copies(quantizer_steps(network))
+            self._calibrated = copies(quantizer_steps(network))
             if self._averaged is not None:  # steps of other bits cannot be averaged
                 self._averaged = Averaged(network, spec.ema)
         for group in self._optimizer.param_groups:
@@ -286,7 +286,7 @@ class _Attempt:
         attacked = self._attacked(step, batch, labels, indices, targets)
         network.train()
         with torch.random.fork_rng(devices=[]), whole_batch(network, self._world):
-            torch.manual_seed(_seed(self._seed, "forward", step, *self._world.apart))  # for dropout
+            torch.manual_seed(seed_of(self._seed, "forward", step, *self._world.apart))  # for dropout
             loss = self._objective.loss(self._wrapped, images, attacked, targets) * part
             self._optimizer.zero_grad(set_to_none=True)
             if spec.awp and attacked is not None:
@@ -319,7 +319,7 @@ class _Attempt:
         previous = None
         if self._previous is not None and step >= self._per_epoch:
             previous = self._previous[indices].float() * (self._threat_model.eps / _INT8)
-        generator = torch.Generator().manual_seed(_seed(self._seed, "inner attack", step))
+        generator = torch.Generator().manual_seed(seed_of(self._seed, "inner attack", step))
         with attacking(self._network, BACKWARDS[step % len(BACKWARDS)]), self._fabric.autocast():
             direction = self._objective.direction(self._network, batch[mine], labels[mine], targets)
             found = perturb(self._network, batch, direction, now, self._inner, generator, previous, share=mine)
@@ -359,7 +359,7 @@ class _Attempt:
         at_full_bits = self._bits(step - 1) == self._bits(self._total - 1)
         state = replace(state, curve=tuple(curve))
         if spec.keep == "last" or (at_full_bits and (not state.best or score >= state.score)):
-            state = replace(state, best=_copies(weights), score=score, chosen=f"epoch {point.epoch}{which}")
+            state = replace(state, best=copies(weights), score=score, chosen=f"epoch {point.epoch}{which}")
         return self._at(state, step, 0.0)
 
     def _at(self, state: TrainState, step: int, epoch_loss: float) -> TrainState:
@@ -396,11 +396,3 @@ class _Attempt:
     def _bits(self, step: int) -> int:
         final = min((m.final_bits for m in self._network.modules() if isinstance(m, QuantizedLayer)), default=32)
         return bits_now(step, self._total, final=final, ramp=self._spec.bits_ramp)
-
-
-def _seed(*parts: object) -> int:
-    return int(spec_hash(*parts)[:15], 16)
-
-
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -10,6 +10,11 @@ from torch import Tensor, nn
 
 from coldforge.compress import QuantizedLayer
 from coldforge.train.world import World
+
+
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies outside the graph, by name."""
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 class Averaged:
@@ -25,7 +30,7 @@ class Averaged:
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self._decay = decay
-        self.state = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+        self.state = copies(network.state_dict())
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
