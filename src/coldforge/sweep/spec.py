@@ -39,7 +39,7 @@ from coldforge.spec import Spec, spec_hash
 
 _NAMES = {"name", "description"}
 """Keys of a recipe that name it and decide nothing."""
-_COMPUTE = ("threads", "precision", "device")
+_COMPUTE = ("threads", "precision", "compile", "device")
 """Keys of [compute] that a trial is known by; the others are the same in all sweeps."""
 
 
