@@ -53,7 +53,7 @@ def record(shop: Shop, made: Arrow, command: str = "") -> Record:
         recipe.seed,
         command,
         data={
-            "name": shop.data.test.name,
+            "name": shop.evaluated.name,
             "fingerprint": shop.data.fingerprint,
             "train": len(shop.data.train),
             "validation": len(shop.data.validation),

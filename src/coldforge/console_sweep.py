@@ -137,7 +137,7 @@ def print_plan(plan: Plan) -> None:
         sys.stdout.write(f"  shared by {count} trials: {label}\n")
     for trial, why in plan.failed.items():
         sys.stdout.write(f"failed before: {trial}: {why}\n")
-    sys.stdout.write(f"about {about(plan.seconds_left)} of one worker are left\n")
+    sys.stdout.write(f"{about(plan.seconds_left)} of one worker are left\n")
 
 
 def print_sweep(results: Sweep, state: State, page: Path) -> None:
