@@ -69,20 +69,27 @@ def round_to_grid(x: Tensor, step: Tensor, low: float, high: float) -> Tensor:
         high: largest code less the code of 0.
     """
     x = x.detach()
-    return _shaped(_compiled(_round)(_flat(x, x), step.detach(), low, high), x)
+    return _shaped(_compiled(_round)(_flat(x, x), step.detach(), *_borders(low, high)), x)
 
 
 def gradients(grad: Tensor, x: Tensor, step: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`round_to_grid`: by ``x``, straight through inside the range; by ``step``, as in LSQ."""
-    grad_x, grad_step = _compiled(_gradients)(_flat(grad.detach(), x), _flat(x.detach(), x), step.detach(), low, high)
+    borders = _borders(low, high)
+    grad_x, grad_step = _compiled(_gradients)(_flat(grad.detach(), x), _flat(x.detach(), x), step.detach(), *borders)
     return _shaped(grad_x, x), grad_step
 
 
-def _round(x: Tensor, step: Tensor, low: float, high: float) -> Tensor:
+@functools.cache
+def _borders(low: float, high: float) -> tuple[Tensor, Tensor]:
+    """As tensors: numbers would be compiled in, and torch gives up on a function after a few of them."""
+    return torch.tensor(low), torch.tensor(high)
+
+
+def _round(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return (torch.round(x.float() / step).clamp(low, high) * step).to(x.dtype)
 
 
-def _gradients(grad: Tensor, x: Tensor, step: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+def _gradients(grad: Tensor, x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     scaled = x.float() / step
     inside = (scaled > low - 0.5) & (scaled < high + 0.5)
     codes = torch.round(scaled).clamp(low, high)
