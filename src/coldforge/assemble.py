@@ -91,7 +91,7 @@ def _row(shop: Shop, made: Arrow, row: str) -> StageRecord:
     notes = list(trained.get("notes", []))
     agreed: AgreementRecord | None = None
     if row == "artifact":
-        trained = {}
+        trained = {} if f"evaluate: {made.artifact}" in made.evidence else trained  # said once
         found = shop.result(made.evidence["agree"])
         agreed = AgreementRecord(clean=found["clean"], adversarial=found["adversarial"])
         notes += _warnings(cost, found)

@@ -124,6 +124,19 @@ def test_recipes_are_chosen_on_the_validation_part(made, copied, forge_again, re
     assert footnotes(made.record)[0].endswith("60 test images; 95 % Wilson intervals.")
 
 
+def test_only_some_rows_are_evaluated(made, copied, forge_again, recipe, tmp_path):
+    changed = recipe({"evaluate.stages": ["baseline", "artifact"]})
+    again = forge_again(changed, copied, tmp_path / "out")
+    assert again.spy.built == []
+    baseline, artifact = again.record.stages
+    tuned = made.record.stage("tuned", "adversarial")
+    assert (artifact.train_macs, artifact.curve) == (tuned.train_macs, tuned.curve)  # of the network it was made from
+    assert made.record.stage("artifact").train_macs == 0  # said of that network already
+    assert artifact.robust_accuracy == made.record.stage("artifact").robust_accuracy
+    assert baseline == made.record.stage("baseline")
+    assert "artifact" in render_report(again.record)
+
+
 def test_sizes_and_costs(made):
     baseline, compressed, natural, adversarial, artifact = made.record.stages
     assert (baseline.weight_bits, baseline.activation_bits) == (32, 32)
