@@ -157,7 +157,6 @@ class EvaluateSpec(Spec):
     masking_n: int = Field(default=100, ge=0)
     """Test images on which the artifact's robust accuracy is checked for gradient masking (0: not checked)."""
 
-
     @model_validator(mode="after")
     def _artifact(self) -> Self:
         if "artifact" not in self.stages:
