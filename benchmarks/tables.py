@@ -1,0 +1,129 @@
+"""The records of the benchmarks of speed as Markdown; they are printed with it, and scripts/update_readme.py uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+Contents = dict[str, Any]
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]], words: int = 1) -> str:
+    """A table whose first ``words`` columns are words and the others numbers."""
+    lines = [f"| {' | '.join(map(str, line))} |" for line in (header, *rows)]
+    lines.insert(1, "|" + "---|" * words + "---:|" * (len(header) - words))
+    return "\n".join(lines)
+
+
+def goal(row: Contents, sign: str = "≥") -> str:
+    """The goal of a row and whether it is met, as one cell."""
+    if row["goal"] is None:
+        return ""
+    return f"{sign} {row['goal']:g}: {'met' if row['met'] else '**not met**'}"
+
+
+def where(record: Contents) -> str:
+    """The machines of a record, in one line."""
+    found = []
+    for run in record["runs"]:
+        hardware, versions = run["provenance"]["hardware"], run["provenance"]["versions"]
+        flags = ", ".join(flag for flag in hardware["flags"] if flag.startswith(("avx512_", "amx", "avx_vnni")))
+        found.append(f"{run['threads']} threads of {hardware['cpu']} ({flags}), torch {versions['torch']}")
+    return "; ".join(dict.fromkeys(found))
+
+
+def training_speed(record: Contents) -> str:
+    """Images a second of adversarial fine-tuning."""
+    rows = []
+    for run in record["runs"]:
+        for row in run["rows"]:
+            watched = row["ours_times_faster_with_watching"]
+            after = row["after"]
+            rows.append(
+                [
+                    run["network"],
+                    run["attack"],
+                    row["version"] or row["who"],
+                    f"{row['median_images_per_s']:.0f}",
+                    f"{row['ours_times_faster']:.2f}",
+                    f"{watched:.2f}" if watched else "",
+                    goal(row),
+                    f"{row['forward_passes_an_image']:.1f}",
+                    f"{after['clean_loss']:.2f}, {after['fgsm_loss']:.2f}",
+                    f"{100 * after['clean_accuracy']:.0f}, {100 * after['fgsm_accuracy']:.0f}",
+                ]
+            )
+        for precision, before in run["before"].items():
+            losses = f"{before['clean_loss']:.2f}, {before['fgsm_loss']:.2f}"
+            shown = f"{100 * before['clean_accuracy']:.0f}, {100 * before['fgsm_accuracy']:.0f}"
+            rows.append([run["network"], run["attack"], f"before, {precision}", *[""] * 5, losses, shown])
+    header = ["network", "attack", "who", "images/s", "ours is faster, times", "with watching", "goal"]
+    header += ["forward passes an image", "loss after: clean, FGSM", "accuracy % after: clean, FGSM"]
+    return f"{markdown(header, rows, 3)}\n\n{where(record)}."
+
+
+def quantization_overhead(record: Contents) -> str:
+    """Time of a fake-quantized training step relative to the float one."""
+    rows = []
+    for run in record["runs"]:
+        for row in run["rows"]:
+            times = f"{1e3 * row['median_s']:.1f}", f"{row['times_float']:.2f}"
+            rows.append([run["network"], run["precision"], row["version"] or row["who"], *times, goal(row, "≤")])
+        rows += [[run["network"], run["precision"], who, "cannot", "", ""] for who in run["skipped"]]
+    header = ["network", "precision", "who", "ms a step", "times float", "goal"]
+    return f"{markdown(header, rows, 3)}\n\n{where(record)}."
+
+
+def latency(record: Contents) -> str:
+    """Medians of files and networks, and how many times faster than eager PyTorch they are."""
+    cells: dict[tuple[str, str], list[str]] = {}
+    for row in (row for run in record["runs"] for row in run["rows"]):
+        shown = f"{1e3 * row['median_s']:.3g} ms ({row['times_faster_than_eager']:.1f}×)"
+        cells.setdefault((row["network"], row["what"]), []).append(shown)
+    rows = [[*what, *shown] for what, shown in cells.items()]
+    return markdown(["network", "what", "batch 1", "batch 64"], rows, 2)
+
+
+def latency_details(record: Contents) -> str:
+    """Our file's goals, its share of the machine, and what ONNX Runtime executes for it."""
+    rows, operators = [], []
+    for run in record["runs"]:
+        for row in run["rows"]:
+            own = row.get("own_quantizer")
+            if own is None:
+                continue
+            rows.append(
+                [
+                    row["network"],
+                    row["batch"],
+                    f"{row['times_faster_than_eager']:.1f}",
+                    goal(row),
+                    f"{own['times_faster']:.2f}",
+                    goal(own),
+                    f"{row['share_of_peak'] * row['peak_ops_per_s'] / 1e9:.0f}",
+                    f"{row['peak_ops_per_s'] / 1e9:.0f}",
+                    f"{row['share_of_peak']:.0%}",
+                    goal(row["share"]),
+                ]
+            )
+        for what, names in (("ours", "operators"), ("its own quantizer", "operators_of_own_quantizer")):
+            found = ", ".join(f"{count} {name}" for name, count in sorted(run["sizes"][names].items()))
+            operators.append([run["network"], what, found])
+    header = ["network", "batch", "times eager PyTorch", "goal", "times ONNX Runtime's own quantizer", "goal"]
+    header += ["int8 Gop/s", "peak", "share", "goal"]
+    executed = markdown(["network", "file", "operators that ONNX Runtime executes"], operators, 3)
+    return f"{markdown(header, rows)}\n\n{executed}\n\n{where(record)}."
+
+
+def latency_whole(record: Contents) -> str:
+    """Both tables of the benchmark of latency."""
+    return f"{latency(record)}\n\n{latency_details(record)}"
+
+
+TABLES: dict[str, Callable[[Contents], str]] = {
+    "training_speed": training_speed,
+    "quantization_overhead": quantization_overhead,
+    "latency": latency,
+    "latency_details": latency_details,
+}
+"""Kind of a table, which for most is the name of a record: the table as Markdown."""
