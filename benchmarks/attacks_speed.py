@@ -133,13 +133,13 @@ def main() -> None:
     parser.add_argument("--ensemble-repeats", type=int, default=1)
     parser.add_argument("--reference", default="", help="folder with a clone of fra31/auto-attack")
     arguments = arguments_of(parser, "results/attacks_speed.json", table)
-    networks, attacks, rivals = chosen(
-        arguments.only, NETWORKS, RIVALS, [who for whos in RIVALS.values() for who in whos]
-    )
+    networks, attacks, rivals = chosen(arguments.only, NETWORKS, RIVALS, sum(RIVALS.values(), ()))
     record = Record(arguments.out, "network", "attack")
     for network in networks:
         task = load_task(network, 2 * arguments.n + 100).only_right(arguments.n)
         for attack in attacks:
+            if arguments.missing and record.has(network, attack):
+                continue
             whos = [who for who in RIVALS[attack] if who in rivals]
             if attack == "pgd-20":
                 race(task, attack, whos, 1, arguments.reference)

@@ -1,4 +1,4 @@
-"""Networks whose speed is measured: dense, pruned in float, and int8; untrained, because the time is that of any weights."""
+"""Networks whose speed is measured: dense, pruned in float, int8. Untrained: the time is that of any weights."""
 
 from __future__ import annotations
 

@@ -6,9 +6,9 @@
 Training steps (forward, cross-entropy, backward to all weights) of one pruned network on one batch: in float, and
 fake-quantized to int8 by ours (compiled kernels, as training uses them, and uncompiled), by torch's own operators on
 fixed grids (see plain.py), by Brevitas and by torchao's pt2e flow for x86, the last two as their documentation has it.
-All quantize the same float network with BatchNorm folded and get the same channels-last images; all in turns, in float32
-and, where the CPU has it, under bf16 autocast. The overhead is relative to the float network in the same precision. Ours
-learns its steps, and so does Brevitas; pt2e observes ranges.
+All quantize the same float network with BatchNorm folded and get the same channels-last images; all in turns, in
+float32 and, where the CPU has it, under bf16 autocast. The overhead is relative to the float network in the same
+precision. Ours learns its steps, and so does Brevitas; pt2e observes ranges.
 
 The whole takes about 4 minutes on two quiet cores; --only takes names of networks, precisions and contenders.
 """
@@ -154,7 +154,7 @@ def main() -> None:
     record = Record(arguments.out, "network", "precision")
     for name in networks:
         for precision in precisions:
-            if precision == "fp32" or has_bf16():
+            if (precision == "fp32" or has_bf16()) and not (arguments.missing and record.has(name, precision)):
                 record.keep(race(name, arguments.ratio, precision, contenders, arguments.batch, arguments.seconds))
     print(tables.quantization_overhead(record.content))
 

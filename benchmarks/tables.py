@@ -1,4 +1,4 @@
-"""The records of the benchmarks of speed as Markdown; they are printed with it, and scripts/update_readme.py uses it."""
+"""The records of the benchmarks of speed as Markdown, for them and for scripts/update_readme.py."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ image; loss and accuracy after the measured steps on validation images, clean an
 validation part after each epoch, which only ours does, is timed once and included, at its share of the recipe's whole
 epoch, in the column "with watching".
 
-The whole takes about 7 minutes on two quiet cores, half of it for ResNet-18 under PGD-7; --only takes names of networks,
-attacks and contenders.
+The whole takes about 7 minutes on two quiet cores, half of it for ResNet-18 under PGD-7; --only takes names of
+networks, attacks and contenders.
 """
 
 from __future__ import annotations
@@ -367,8 +367,11 @@ def main() -> None:
     contenders = [who for who in CONTENDERS if who in there and (who == "ours" or who in contenders)]
     record = Record(arguments.out, "network", "attack")
     for name in networks:
+        wanted = [attack for attack in attacks if not (arguments.missing and record.has(name, attack))]
+        if not wanted:
+            continue
         job = prepare(name, arguments.ratio, arguments.images)
-        for attack in attacks:
+        for attack in wanted:
             whole = replace(job, attack=parse_inner(attack))
             run = race(name, whole, contenders, arguments.turns, arguments.seconds, arguments.watched)
             record.keep(run | {"ratio": arguments.ratio})

@@ -2,7 +2,7 @@
 
 A *run* is what was measured together, such as everybody who trains one network under one attack; its *rows* are the
 contenders. It is written as soon as it is there, in the place of an older one of the same name, so a benchmark can be
-stopped and go on, or be asked for a part of it.
+stopped and go on (``--missing``), or be asked for a part (``--only``; a run of some contenders replaces that of all).
 """
 
 from __future__ import annotations
@@ -88,6 +88,10 @@ class Record:
         if path.exists():
             self.content = json.loads(path.read_text(encoding="utf-8"))
 
+    def has(self, *values: object) -> bool:
+        """Whether there is a run whose keys have these values."""
+        return any(tuple(run[key] for key in self._keys) == values for run in self.content["runs"])
+
     def keep(self, run: Run, seed: int = 0) -> None:
         """Write a run, with threads and provenance, in the place of the one with the same keys."""
         run = {**run, "threads": torch.get_num_threads(), "bf16": has_bf16()}
@@ -109,6 +113,7 @@ def arguments_of(
         table: the record as Markdown.
     """
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="networks, attacks, ... to be run")
+    parser.add_argument("--missing", action="store_true", help="leave out what the record holds already")
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--table", action="store_true", help="print the record as Markdown and run nothing")
     parser.add_argument("--out", type=Path, default=Path(out))
