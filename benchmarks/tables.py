@@ -120,10 +120,58 @@ def latency_whole(record: Contents) -> str:
     return f"{latency(record)}\n\n{latency_details(record)}"
 
 
+def startup(record: Contents) -> str:
+    """Seconds until a process ends."""
+    rows = [
+        [f"`{row['what']}`", f"{row['median_s']:.3f}", len(row["seconds"]), goal(row, "≤")]
+        for run in record["runs"]
+        for row in run["rows"]
+    ]
+    return f"{markdown(['process', 'seconds', 'processes', 'goal'], rows)}\n\n{where(record)}."
+
+
+def memory(record: Contents) -> str:
+    """The highest stages of each recipe."""
+    rows = []
+    for run in record["runs"]:
+        stages = sorted(run["rows"], key=lambda row: -row["peak_bytes"])[:3]
+        shown = ", ".join(f"{row['stage']} {row['peak_bytes'] / 1e9:.2f}" for row in stages)
+        how = "whole" if run["full"] else "short"
+        goal_gb = {"goal": run["goal"] / 1e9, "met": run["met"]}
+        rows.append([run["recipe"], how, f"{run['peak_bytes'] / 1e9:.2f}", goal(goal_gb, "≤"), shown])
+    table = markdown(["recipe", "how", "peak GB", "goal", "the highest stages, GB"], rows, 2)
+    return f"{table}\n\n{where(record)}."
+
+
+def main_job(record: Contents) -> str:
+    """Seconds of the whole job, and what came out of it."""
+    rows = []
+    for run in record["runs"]:
+        for row in run["rows"]:
+            artifact = row["accuracies"]["artifact"]
+            rows.append(
+                [
+                    f"{run['fraction']:.0%}",
+                    row["who"],
+                    f"{row['median_s']:.0f}",
+                    f"{row['ours_times_faster']:.2f}",
+                    goal(row),
+                    *(f"{100 * artifact[what]:.1f}" for what in ("clean", "fgsm", "pgd-20")),
+                    ", ".join(f"{step} {seconds:.0f}" for step, seconds in row["seconds_of_steps"].items()),
+                ]
+            )
+    header = ["images", "who", "seconds", "ours is faster, times", "goal"]
+    header += ["artifact: clean %", "FGSM %", "PGD-20 %", "of these seconds"]
+    return f"{markdown(header, rows, 2)}\n\n{where(record)}."
+
+
 TABLES: dict[str, Callable[[Contents], str]] = {
     "training_speed": training_speed,
     "quantization_overhead": quantization_overhead,
     "latency": latency,
     "latency_details": latency_details,
+    "main_job": main_job,
+    "startup": startup,
+    "memory": memory,
 }
 """Kind of a table, which for most is the name of a record: the table as Markdown."""
