@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 Contents = dict[str, Any]
+NOT_YET = "Not measured yet."
+_NONE: Contents = {"runs": []}
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]], words: int = 1) -> str:
@@ -87,11 +89,9 @@ def latency(record: Contents) -> str:
 def latency_details(record: Contents) -> str:
     """Our file's goals, its share of the machine, and what ONNX Runtime executes for it."""
     rows, operators = [], []
-    for run in record["runs"]:
-        for row in run["rows"]:
-            own = row.get("own_quantizer")
-            if own is None:
-                continue
+    for run in (run for run in record["runs"] if "operators" in run["sizes"]):  # older records lack them
+        for row in (row for row in run["rows"] if "own_quantizer" in row):
+            own = row["own_quantizer"]
             rows.append(
                 [
                     row["network"],
@@ -109,6 +109,8 @@ def latency_details(record: Contents) -> str:
         for what, names in (("ours", "operators"), ("its own quantizer", "operators_of_own_quantizer")):
             found = ", ".join(f"{count} {name}" for name, count in sorted(run["sizes"][names].items()))
             operators.append([run["network"], what, found])
+    if not rows:
+        return NOT_YET
     header = ["network", "batch", "times eager PyTorch", "goal", "times ONNX Runtime's own quantizer", "goal"]
     header += ["int8 Gop/s", "peak", "share", "goal"]
     executed = markdown(["network", "file", "operators that ONNX Runtime executes"], operators, 3)
@@ -163,6 +165,39 @@ def main_job(record: Contents) -> str:
     header = ["images", "who", "seconds", "ours is faster, times", "goal"]
     header += ["artifact: clean %", "FGSM %", "PGD-20 %", "of these seconds"]
     return f"{markdown(header, rows, 2)}\n\n{where(record)}."
+
+
+def goals(records: Mapping[str, Contents]) -> str:
+    """Every goal beside what was found; ``records`` are those that are there, by name."""
+    found: list[tuple[str, str, Contents]] = []
+    for run in records.get("training_speed", _NONE)["runs"]:
+        peers = [row for row in run["rows"] if row["goal"] is not None]
+        hardest = min(peers, key=lambda row: row["ours_times_faster"])
+        what = f"adversarial training, {run['network']}, {run['attack']}: times the fastest of the others"
+        found.append((what, f"{hardest['ours_times_faster']:.2f} ({hardest['who']})", {**hardest, "sign": "≥"}))
+    for run in records.get("quantization_overhead", _NONE)["runs"]:
+        ours = next(row for row in run["rows"] if row["who"] == "ours")
+        what = f"fake-quantized training step, {run['network']}, {run['precision']}: times float"
+        found.append((what, f"{ours['times_float']:.2f}", {**ours, "sign": "≤"}))
+    for row in (row for run in records.get("latency", _NONE)["runs"] for row in run["rows"] if "own_quantizer" in row):
+        where_ = f"{row['network']}, batch {row['batch']}"
+        own = row["own_quantizer"]
+        found += [
+            (f"latency, {where_}: times eager PyTorch", f"{row['times_faster_than_eager']:.1f}", {**row, "sign": "≥"}),
+            (f"latency, {where_}: times the own quantizer", f"{own['times_faster']:.2f}", {**own, "sign": "≥"}),
+            (f"share of the int8 peak, {where_}", f"{row['share_of_peak']:.0%}", {**row["share"], "sign": "≥"}),
+        ]
+    for run in records.get("main_job", _NONE)["runs"]:
+        row = next(row for row in run["rows"] if row["who"] == "by hand")
+        what = f"whole main job, {run['fraction']:.0%} of the images: times by hand"
+        found.append((what, f"{row['ours_times_faster']:.2f}", {**row, "sign": "≥"}))
+    for row in (row for run in records.get("startup", _NONE)["runs"] for row in run["rows"]):
+        found.append((f"`{row['what']}`, s", f"{row['median_s']:.3f}", {**row, "sign": "≤"}))
+    for run in records.get("memory", _NONE)["runs"]:
+        gigabytes = {"goal": run["goal"] / 1e9, "met": run["met"], "sign": "≤"}
+        found.append((f"peak memory of `{run['recipe']}`, GB", f"{run['peak_bytes'] / 1e9:.2f}", gigabytes))
+    rows = [[what, value, goal(row, row["sign"])] for what, value, row in found if row["goal"] is not None]
+    return markdown(["what", "found", "goal"], rows) if rows else NOT_YET
 
 
 TABLES: dict[str, Callable[[Contents], str]] = {
