@@ -12,7 +12,7 @@ Share of the machine: in the same turns a large product of 8-bit matrices (u8 ti
 the fastest of several sizes) shows what these cores can do; the share is the file's operations a second (two for each
 multiply-add) relative to that. Printed, too: what operators ONNX Runtime really executes for the int8 files.
 
-The whole takes about 4 minutes on two quiet cores; --only takes names of networks.
+The whole takes about 5 minutes on two quiet cores; --only takes names of networks.
 """
 
 from __future__ import annotations
