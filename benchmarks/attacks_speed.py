@@ -16,20 +16,16 @@ Run it on a machine that does nothing else.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from peers import NETWORKS, NOTES, Helped, Outcome, Task, compare, default_batch, load_task, version
+from turns import Record, arguments_of, chosen, in_turns, median_ratio
 
 from coldforge.models import channels_last
-from coldforge.provenance import has_bf16, physical_cores, provenance
-from coldforge.sealed import write_atomic
 
 RIVALS = {"pgd-20": ("torchattacks", "art", "foolbox"), "autoattack": ("reference",)}
 """Attack: peers that do the same work."""
@@ -58,13 +54,16 @@ def race(task: Task, attack: str, whos: Iterable[str], repeats: int, reference: 
     """Rows of one attack: everybody in turns, ``repeats`` times."""
     batch = best_batch(task)
     contenders = [(who, helped) for who in ("ours", *whos) for helped in (False, True)]
-    outcomes: dict[tuple[str, bool], list[Outcome]] = {contender: [] for contender in contenders}
-    for turn in range(repeats):
-        for who, helped in contenders:
-            size = batch if helped and who != "ours" else default_batch(who, attack)
-            found = compare(who, attack, task, seed=turn, batch=size, helped=helped, reference=reference)
-            outcomes[who, helped].append(found)
-            print(f"{task.name:18} {attack:10} {who:12} {say(helped):7} {found.seconds:9.2f} s", flush=True)
+
+    def turn(contender: tuple[str, bool], number: int) -> Outcome:
+        who, helped = contender
+        size = batch if helped and who != "ours" else default_batch(who, attack)
+        found = compare(who, attack, task, seed=number, batch=size, helped=helped, reference=reference)
+        print(f"{task.name:18} {attack:10} {who:12} {say(helped):7} {found.seconds:9.2f} s", flush=True)
+        return found
+
+    outcomes = in_turns(contenders, repeats, turn)
+    seconds = {contender: [run.seconds for run in runs] for contender, runs in outcomes.items()}
     rows = []
     for who, helped in contenders:
         runs = outcomes[who, helped]
@@ -73,16 +72,15 @@ def race(task: Task, attack: str, whos: Iterable[str], repeats: int, reference: 
             "version": version(who, reference),
             "how": say(helped),
             "batch": runs[0].batch,
-            "seconds": [run.seconds for run in runs],
-            "median_s": statistics.median(run.seconds for run in runs),
+            "seconds": seconds[who, helped],
+            "median_s": statistics.median(seconds[who, helped]),
             "robust": statistics.mean(float((~run.fooled).float().mean()) for run in runs),
             "forward_images": runs[0].forward,
             "gradient_images": runs[0].backward,
             "note": OURS[helped] if who == "ours" else NOTES.get((who, attack), "").partition(";")[0],
         }
         for name, bf16 in (("slower_than_ours", False), ("slower_than_ours_bf16", True)):
-            pairs = zip(runs, outcomes["ours", bf16], strict=True)
-            row[name] = statistics.median(run.seconds / own.seconds for run, own in pairs)
+            row[name] = median_ratio(seconds[who, helped], seconds["ours", bf16])
         rows.append(row)
     return rows
 
@@ -133,35 +131,22 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1000, help="images, the first that are right when clean")
     parser.add_argument("--repeats", type=int, default=5, help="of PGD-20, after one turn to warm up")
     parser.add_argument("--ensemble-repeats", type=int, default=1)
-    parser.add_argument("--only", nargs="+", default=[], help="networks, attacks and peers that are to be run")
     parser.add_argument("--reference", default="", help="folder with a clone of fra31/auto-attack")
-    parser.add_argument("--threads", type=int, default=physical_cores())
-    parser.add_argument("--table", action="store_true", help="print the record as Markdown and run nothing")
-    parser.add_argument("--out", type=Path, default=Path("results/attacks_speed.json"))
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    record = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"runs": []}
-    if arguments.table:
-        print(table(record))
-        return
-    only, rivals = set(arguments.only), {who for whos in RIVALS.values() for who in whos}
-    if unknown := only - {*NETWORKS, *RIVALS, *rivals}:
-        raise SystemExit(f"--only: unknown {', '.join(unknown)}; expected {', '.join([*NETWORKS, *RIVALS, *rivals])}")
-    for network in [name for name in NETWORKS if name in only or not only & set(NETWORKS)]:
+    arguments = arguments_of(parser, "results/attacks_speed.json", table)
+    networks, attacks, rivals = chosen(arguments.only, NETWORKS, RIVALS, sum(RIVALS.values(), ()))
+    record = Record(arguments.out, "network", "attack")
+    for network in networks:
         task = load_task(network, 2 * arguments.n + 100).only_right(arguments.n)
-        for attack in [name for name in RIVALS if name in only or not only & set(RIVALS)]:
-            whos = [who for who in RIVALS[attack] if who in only or not only & rivals]
+        for attack in attacks:
+            if arguments.missing and record.has(network, attack):
+                continue
+            whos = [who for who in RIVALS[attack] if who in rivals]
             if attack == "pgd-20":
                 race(task, attack, whos, 1, arguments.reference)
             repeats = arguments.repeats if attack == "pgd-20" else arguments.ensemble_repeats
             rows = race(task, attack, whos, repeats, arguments.reference)
-            run = {"network": network, "attack": attack, "n": len(task.labels), "threads": arguments.threads}
-            run |= {"bf16": has_bf16(), "rows": rows, "provenance": provenance(0, ["python", *sys.argv])}
-            kept = [old for old in record["runs"] if (old["network"], old["attack"]) != (network, attack)]
-            record = {"runs": [*kept, run]}
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(arguments.out, json.dumps(record, indent=1) + "\n")
-    print(table(record))
+            record.keep({"network": network, "attack": attack, "n": len(task.labels), "rows": rows})
+    print(table(record.content))
 
 
 if __name__ == "__main__":

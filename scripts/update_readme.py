@@ -2,8 +2,9 @@
 """Write the tables of README.md and docs/ from the records they name: `python scripts/update_readme.py [--check]`.
 
 A table stands between `<!-- KIND: PATH -->` and `<!-- end -->`. PATH is a JSON file, from the root of the repository.
-KIND is `table` (a record.json), `latency`, `clipping`, `attack_parity`, `attack_speed`, `int4` (by the benchmarks of
-that name), or `sweep_seconds`, `sweep_sizes`, `sweep_trials` or `sweep_workers` (by sweep_scale).
+KIND is `table` (a record.json), `clipping`, `attack_parity`, `attack_speed`, `int4` (by the benchmarks of that name),
+`sweep_seconds`, `sweep_sizes`, `sweep_trials` or `sweep_workers` (by sweep_scale), one of the tables of
+benchmarks/tables.py, or `goals`, whose PATH is the folder of the records. Where there is no record yet, it says so.
 """
 
 from __future__ import annotations
@@ -13,22 +14,31 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from coldforge.records import load_record
 from coldforge.report.table import headline, summary_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "results/README.md", "docs/architecture.md", "docs/evidence.md", "docs/int4.md", "docs/scale.md")
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import tables  # noqa: E402
+
+DOCS = ("architecture", "evidence", "int4", "performance", "scale")
+PAGES = ("README.md", "results/README.md", "benchmarks/README.md", *(f"docs/{name}.md" for name in DOCS))
 TABLE = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def filled(text: str) -> str:
     """The page with every table made anew from its file."""
-    kinds = {"table": stages, "latency": latency, "clipping": clipping, "int4": int4}
+    kinds = {"table": stages, "clipping": clipping, "int4": int4, "goals": goals}
     kinds |= {"attack_parity": attack_parity, "attack_speed": attack_speed}
     kinds |= {"sweep_seconds": sweep_seconds, "sweep_sizes": sweep_sizes}
     kinds |= {"sweep_trials": sweep_trials, "sweep_workers": sweep_workers}
+    kinds |= {kind: partial(benchmark, table) for kind, table in tables.TABLES.items()}
     return TABLE.sub(lambda match: f"{match[1]}{kinds[match[2]](ROOT / match[3])}\n{match[4]}", text)
 
 
@@ -38,17 +48,15 @@ def stages(path: Path) -> str:
     return f"{summary_markdown(record)}\n{headline(record)}"
 
 
-def latency(path: Path) -> str:
-    """Medians of dense and int8 networks, and how many times faster than eager PyTorch they are."""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    lines = ["| network | what | batch 1 | batch 64 |", "|---|---|---:|---:|"]
-    cells: dict[tuple[str, str], list[str]] = {}
-    for row in found["rows"]:
-        if row["what"] != "sizes":
-            shown = f"{1e3 * row['median_s']:.3g} ms ({row['times_faster_than_eager']:.1f}×)"
-            cells.setdefault((row["network"], row["what"]), []).append(shown)
-    lines += [f"| {network} | {what} | {' | '.join(shown)} |" for (network, what), shown in cells.items()]
-    return "\n".join(lines)
+def benchmark(table: Callable[[dict[str, Any]], str], path: Path) -> str:
+    """A table of benchmarks/tables.py."""
+    return table(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else tables.NOT_YET
+
+
+def goals(folder: Path) -> str:
+    """What the benchmarks of speed found, beside the goals."""
+    paths = [path for name in tables.TABLES if (path := folder / f"{name}.json").exists()]
+    return tables.goals({path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths})
 
 
 def clipping(path: Path) -> str:

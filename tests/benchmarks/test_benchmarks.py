@@ -1,0 +1,183 @@
+"""The benchmarks of speed run, as small as they can be, and their peers do the work that they are measured at."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import latency
+import main_job
+import memory
+import plain
+import pytest
+import quantization_overhead
+import startup
+import tables
+import torch
+import training_speed
+import turns
+from networks import untrained
+
+from coldforge.attacks import ThreatModel, parse_inner
+from coldforge.measure import measure_latency
+from coldforge.recipe import load_recipe, preset_names
+from coldforge.records import load_record
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the peers' own
+ROOT = Path(__file__).parents[2]
+HINT = "the peer is missing: pip install --no-deps -r benchmarks/requirements-peers.txt"
+
+
+# --- turns and records ------------------------------------------------------------------------------------------------
+
+
+def test_contenders_take_turns() -> None:
+    order: list[tuple[str, int]] = []
+    found = turns.in_turns("ab", 2, lambda who, turn: order.append((who, turn)) or 10 * turn)
+    assert order == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert found == {"a": [0, 10], "b": [0, 10]}
+    assert turns.median_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == 2.0
+
+
+def test_a_run_replaces_that_of_the_same_name(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "record.json"
+    record = turns.Record(path, "network", "batch")
+    for network, batch, value in (("a", 1, 1), ("b", 1, 2), ("a", 1, 3), ("a", 2, 4)):
+        record.keep({"network": network, "batch": batch, "value": value})
+    again = turns.Record(path, "network", "batch")
+    assert [run["value"] for run in again.content["runs"]] == [2, 3, 4]
+    assert again.has("a", 2)
+    assert not again.has("b", 2)
+    assert {"hardware", "versions", "git_commit"} <= set(again.content["runs"][0]["provenance"])
+
+
+def test_names_choose_what_is_run() -> None:
+    assert turns.chosen(["x", "b"], "abc", "xy") == [["b"], ["x"]]
+    assert turns.chosen(["x"], "abc", "xy") == [["a", "b", "c"], ["x"]]
+    with pytest.raises(SystemExit, match="expected any of a, b, c, x, y, got z"):
+        turns.chosen(["z"], "abc", "xy")
+
+
+def test_goals_are_judged_from_either_side() -> None:
+    assert turns.judged(3.0, 2.5) == {"goal": 2.5, "met": True}
+    assert turns.judged(3.0, 2.5, at_most=True) == {"goal": 2.5, "met": False}
+    assert turns.judged(3.0, None) == {"goal": None, "met": None}
+
+
+def test_without_a_record_there_are_no_goals() -> None:
+    assert tables.goals({}) == tables.NOT_YET
+
+
+# --- the plain peer ---------------------------------------------------------------------------------------------------
+
+
+def test_plain_fake_quantization_is_the_function_of_ours() -> None:
+    networks = untrained("cnn8", 0.5)
+    images = networks.images[:16]
+    with torch.no_grad():
+        ours, theirs = networks.twin(images), plain.plain_quantized(networks.twin)(images)
+    assert (ours - theirs).norm() < 0.03 * ours.norm(), "only biases differ, which stay in float"
+
+
+def test_the_plain_attack_stays_in_ball_and_box_and_leaves_gradients_on_weights() -> None:
+    network = untrained("cnn8", 0.5).parent
+    images, labels = torch.rand(4, 1, 28, 28), torch.arange(4)
+    threat_model = ThreatModel("linf", 0.1)
+    found = plain.plain_attack(network, images, labels, parse_inner("pgd-7"), threat_model)
+    threat_model.verify(found, images)
+    assert (found - images).abs().max() > 0.09
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+# --- each benchmark, once ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is measured here, so calls are not repeated."""
+    once = functools.partial(measure_latency, min_repeats=1, warmup=0, settle=0.0, turn=0.0)
+    for module in (latency, main_job, quantization_overhead):
+        monkeypatch.setattr(module, "measure_latency", lambda calls, seconds: once(calls, seconds=0.0))
+
+
+def test_training_speed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for module in ("torchattacks", "art"):
+        pytest.importorskip(module, reason=HINT)
+    monkeypatch.setattr(training_speed, "NETWORKS", {"cnn8": "quickstart"})
+    monkeypatch.setattr(training_speed, "FEW", 32)
+    job = training_speed.prepare("cnn8", 0.5, 512)
+    compute = job.recipe.compute.model_copy(update={"compile": "off"})  # seconds
+    job = replace(job, recipe=job.recipe.model_copy(update={"compute": compute}), batch_size=8)
+    record = turns.Record(tmp_path / "training_speed.json", "network", "attack")
+    for attack in training_speed.ATTACKS:
+        chosen = replace(job, attack=parse_inner(attack))
+        run = training_speed.race("cnn8", chosen, list(training_speed.CONTENDERS), 1, 0.0, 32)
+        record.keep(run)
+        passes = {row["who"]: row["forward_passes_an_image"] for row in run["rows"]}
+        assert {passes[who] for who in passes if who != "art"} == {chosen.attack.steps + 1}
+        assert passes["art"] >= chosen.attack.steps + 1
+    assert tables.training_speed(record.content).count("| cnn8 |") == 2 * (6 + 2)
+    assert "adversarial training, cnn8, pgd-7" in tables.goals({"training_speed": record.content})
+
+
+def test_training_speed_says_where_cifar10_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLDFORGE_CIFAR10", raising=False)
+    with pytest.raises(SystemExit, match="expected \\$COLDFORGE_CIFAR10"):
+        training_speed.prepare("resnet18", 0.5, 64)
+
+
+def test_quantization_overhead(tmp_path: Path) -> None:
+    there = [who for who in quantization_overhead.CONTENDERS if who != "ours"]  # compiles for seconds
+    there = [who for who in there if importlib.util.find_spec(quantization_overhead.CONTENDERS[who])]
+    record = turns.Record(tmp_path / "quantization_overhead.json", "network", "precision")
+    record.keep(quantization_overhead.race("cnn8", 0.5, "fp32", there, 2, 0.0))
+    assert tables.quantization_overhead(record.content).count("| cnn8 | fp32 |") == len(there)
+
+
+def test_latency(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(latency, "PEAK_SIZES", (64,))
+    run = latency.compare("cnn8", 0.5, 1, 0.0)
+    assert run["sizes"]["integer_kernels_only"]
+    assert not set(run["sizes"]["operators"]) & {"Conv", "FusedConv", "Gemm", "MatMul"}
+    record = turns.Record(tmp_path / "latency.json", "network", "ratio")
+    record.keep(run)
+    assert "QLinearConv" in tables.latency_whole(record.content)
+    assert "share of the int8 peak" not in tables.goals({"latency": record.content}), "only resnet18 has that goal"
+
+
+def test_main_job_by_hand(tmp_path: Path) -> None:
+    for module in ("torchattacks", "torch_pruning"):
+        pytest.importorskip(module, reason=HINT)
+    changes = {"data.source": "fashion-mnist-mini", "data.train_n": 700, "data.test_n": 20, "compute.threads": 1}
+    changes |= {"model.train.epochs": 1, "finetune.epochs": 1}
+    found = main_job.by_hand(load_recipe(main_job.RECIPE, overrides=changes), tmp_path)
+    ours = main_job.ours_of(load_record(ROOT / "results" / main_job.RECIPE))
+    assert found["accuracies"].keys() == ours["accuracies"].keys()
+    assert all(values.keys() == {"clean", *main_job.ATTACKS} for values in found["accuracies"].values())
+    rows = [
+        {"who": who, "median_s": 1.0, "ours_times_faster": 5.0, **turns.judged(5.0, 4.0), **result}
+        for who, result in (("ours", ours), ("by hand", found))
+    ]
+    record = turns.Record(tmp_path / "main_job.json", "fraction")
+    record.keep({"fraction": 0.1, "rows": rows})
+    assert "| 10% | by hand |" in tables.main_job(record.content)
+    assert "whole main job" in tables.goals({"main_job": record.content})
+
+
+def test_startup() -> None:
+    assert 0 < startup.seconds_of("an empty program") < 10
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="expected Linux, whose /proc is read")
+def test_memory_of_processes_is_read() -> None:
+    assert memory.own_peak() > 1e8, "torch alone takes more"
+    assert 1e7 < memory.resident_bytes(os.getpid()) < 1e11
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_short_recipes_are_recipes(name: str) -> None:
+    recipe = load_recipe(name)
+    assert load_recipe(name, overrides=memory.short(recipe)).finetune.epochs <= recipe.finetune.epochs
