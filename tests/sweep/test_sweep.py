@@ -102,6 +102,25 @@ def test_ranges_tables_of_keys_grids_and_exclusions():
     assert len(trials) == 7 * 2 + 1, "8/8 bits at 0.5 is in the first grid already"
 
 
+def test_keys_may_be_written_without_quotes(tmp_path):
+    text = """
+        recipe = "fashion-mnist"
+        [set]
+        finetune.epochs = 7
+        [axes]
+        bits = [{ label = "low", quantize.weight_bits = 2 }, { label = "high", quantize.weight_bits = 8 }]
+        [[exclude]]
+        quantize.weight_bits = 8
+    """
+    (tmp_path / "x.toml").write_text(text, encoding="utf-8")
+    (trial,) = expand(load_sweep(tmp_path / "x.toml", overrides=["finetune.lr=0.5", "evaluate.n=9"]))
+    finetune = trial.recipe.finetune
+    assert (trial.point["bits"], trial.recipe.quantize.weight_bits, trial.recipe.evaluate.n) == ("low", 2, 9)
+    assert (finetune.epochs, finetune.lr, finetune.batch_size) == (7, 0.5, 64), "the rest is the preset's"
+    with pytest.raises(RecipeError, match="expected key=value"):
+        load_sweep(tmp_path / "x.toml", overrides=["finetune.lr"])
+
+
 def test_names_decide_nothing():
     first, second = (expand(spec(name=name)) for name in ("a", "b"))
     assert [trial.id for trial in first] == [trial.id for trial in second]
@@ -113,6 +132,7 @@ def test_names_decide_nothing():
         ({"axes": {"prune.ration": [0.1]}}, "unknown key 'prune.ration'; did you mean 'ratio'"),
         ({"axes": {"prune.ratio": [1.5]}}, r"prune\.ratio: expected a part of the channels"),
         ({"exclude": [{"seed": [0, 1]}]}, "every combination is excluded"),
+        ({"exclude": [{"prune.ration": 0.5}]}, r"exclude: expected axes, .* 'prune.ration'; did you mean 'prune.ratio'"),
         ({"set": {"compute.devices": 2}}, r"compute\.devices, .*: expected 1 in a sweep"),
     ],
 )
