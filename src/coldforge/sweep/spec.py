@@ -11,6 +11,7 @@ axes."prune.ratio" = { from = 0.1, to = 0.9, step = 0.1 }
 axes."finetune.arms" = [["natural"], ["adversarial"]]
 
 [[grid]]
+set."finetune.float_epochs" = 1         # the same in all trials of this grid
 axes.bits = [                           # an axis may set several keys at once
     { label = "8", "quantize.weight_bits" = 8, "quantize.activation_bits" = 8 },
     { label = "4", "quantize.weight_bits" = 4, "quantize.activation_bits" = 4 },
@@ -49,6 +50,13 @@ class Grid(Spec):
     axes: dict[str, tuple[Any, ...]]
     """Axis to values. An axis is a key of the recipe, or any name whose values are tables of keys; of a table the key
     ``label`` names the value."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Changes of the recipe that the trials of this grid share."""
+
+    @field_validator("set", mode="after")
+    @classmethod
+    def _dotted(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return _flat(value)
 
     @field_validator("axes", mode="before")
     @classmethod
@@ -164,6 +172,7 @@ def expand(spec: SweepSpec) -> list[Trial]:
     for grid in spec.grids:
         for choice in product(*grid.axes.values()):
             point, settings = _settings(dict(zip(grid.axes, choice, strict=True)))
+            settings = {**grid.set, **settings}
             known |= {*point, *settings}
             for seed in spec.seeds:
                 everything = {**point, **settings, "seed": seed}
