@@ -51,7 +51,7 @@ def _processor() -> list[Finding]:
     flags = ", ".join(facts["flags"]) or ("none that matter" if cpu_flags() else "cannot be read here")
     bf16 = "training runs in bf16" if has_bf16() else "training runs in fp32, about half as fast as with bf16"
     kernels = (
-        "fake quantization is compiled" if cpp_compiler() else "fake quantization trains about half as fast as compiled"
+        "fake quantization is compiled" if cpp_compiler() else "fake quantization is not compiled: slower training"
     )
     return [
         Finding("processor", found),

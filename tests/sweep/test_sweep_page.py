@@ -440,7 +440,7 @@ def test_a_folder_that_cannot_be_written(folder, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("coldforge.report.sweep.write_atomic", full)
+    monkeypatch.setattr("coldforge.report.html.write_atomic", full)
     with pytest.raises(StoreError, match=r"expected to write .*report.html, got: No space left on device"):
         draw_any(folder)
 

@@ -12,6 +12,7 @@ from coldforge.errors import CollapseError, TrainingError
 from coldforge.evaluate import Target, evaluate, summarize
 from coldforge.measure import count_macs
 from coldforge.models import normalized
+from coldforge.provenance import cpp_compiler
 from coldforge.recipe import TrainSpec
 from coldforge.records import CurvePoint
 from coldforge.train import loop, train
@@ -73,6 +74,23 @@ def test_the_argument_stays_as_it_was(kind, build, splits, threat):
     assert any(not torch.equal(tensor, before[name]) for name, tensor in result.model.state_dict().items())
     if kind == "batchnorm":
         assert torch.equal(result.model.network[0].weight, before["network.0.weight"])  # frozen stays frozen
+
+
+@pytest.mark.skipif(cpp_compiler() is None, reason="needs a C++ compiler to compile the network")
+@pytest.mark.parametrize("kind", ["float", "batchnorm"])
+@pytest.mark.parametrize("objective", ["natural", "adversarial"])
+def test_a_compiled_network_trains_like_an_uncompiled_one(kind, objective, build, splits, threat, monkeypatch):
+    asked, compile_it = [], nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda network: (asked.append(1), compile_it(network)))
+    spec = TrainSpec(epochs=2, batch_size=16, lr=0.01, objective=objective, attack="pgd-2", ema=0.9)
+    plain, compiled = (
+        train(build(kind), splits, spec, threat, precision="fp32", compiled=how) for how in ("off", "network")
+    )
+    assert [point.loss for point in compiled.curve] == pytest.approx([point.loss for point in plain.curve], rel=1e-3)
+    for name, tensor in plain.model.state_dict().items():
+        torch.testing.assert_close(compiled.model.state_dict()[name], tensor, rtol=0.01, atol=1e-3)
+    assert asked == [1]
+    assert compiled.model._compiled_call_impl is None
 
 
 def test_step_sizes_are_trained_with_the_weights(build, splits, threat):

@@ -1,8 +1,8 @@
 """The arithmetic of fake quantization in one pass over memory: two small functions, compiled by torch.compile.
 
-In plain PyTorch it takes five passes forward and eight backward, each of which reads and writes a whole activation; on
-a CPU that costs more than the convolution between two of them. The kernels compute in float32 whatever the type of the
-activation, so the sum in a step's gradient is exact where bfloat16 loses it.
+In plain PyTorch it takes several passes each way, each of which reads and writes a whole activation. The kernels
+compute in float32 whatever the type of the activation, so the sum in a step's gradient is exact where that of bfloat16
+is not.
 """
 
 from __future__ import annotations

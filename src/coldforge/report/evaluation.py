@@ -15,12 +15,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from coldforge.errors import StoreError
 from coldforge.records import EvaluationRecord, load_evaluation
 from coldforge.report import text
-from coldforge.report.html import Card, ClassBar, cpu_flags, environment, facts, mapping, unbroken
+from coldforge.report.html import Card, ClassBar, cpu_flags, environment, facts, mapping, unbroken, write_page
 from coldforge.report.table import LITERAL, WORST
-from coldforge.store import write_atomic
 
 PAGE = "evaluation.html"
 _GRADIENTS = {"pass_through": "with gradients through clipping", "clipped": "with plain gradients"}
@@ -242,13 +240,7 @@ def draw_evaluation(folder: str | Path) -> Path:
         UsageError: the folder holds no evaluation.
         StoreError: it cannot be written.
     """
-    target = Path(folder) / PAGE
-    page = render_evaluation(load_evaluation(folder))
-    try:
-        write_atomic(target, page)
-    except OSError as error:
-        raise StoreError(f"expected to write {target}, got: {error.strerror or error}") from error
-    return target
+    return write_page(Path(folder) / PAGE, render_evaluation(load_evaluation(folder)))
 
 
 def _cards(record: EvaluationRecord) -> Iterator[Card]:

@@ -143,6 +143,19 @@ def write_report(record: Record, out: str | Path, examples: Examples | None = No
     return target
 
 
+def write_page(target: Path, page: str) -> Path:
+    """Write a page whole or not at all; returns its path.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    try:
+        write_atomic(target, page)
+    except OSError as error:
+        raise StoreError(f"expected to write {target}, got: {error.strerror or error}") from error
+    return target
+
+
 @cache
 def environment() -> Environment:
     """The templates of the pages, with the filters of :mod:`coldforge.report.text`."""

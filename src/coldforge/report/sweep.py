@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from coldforge._version import __version__
-from coldforge.errors import StoreError
 from coldforge.report import text
-from coldforge.report.html import Card, environment, plotly_source, unbroken
+from coldforge.report.html import Card, environment, plotly_source, unbroken, write_page
 from coldforge.report.sweep_answers import Answer, answers
 from coldforge.report.sweep_panels import panels
 from coldforge.report.sweep_rows import (
@@ -29,7 +28,6 @@ from coldforge.report.sweep_rows import (
     values_of,
 )
 from coldforge.report.table import LITERAL
-from coldforge.store import write_atomic
 from coldforge.sweep.table import Sweep, load_results
 
 PAGE = "report.html"
@@ -42,13 +40,7 @@ def draw_sweep(folder: str | Path) -> Path:
         UsageError: the folder holds no sweep.
         StoreError: it cannot be written.
     """
-    target = Path(folder) / PAGE
-    page = render_sweep(load_results(folder))
-    try:
-        write_atomic(target, page)
-    except OSError as error:
-        raise StoreError(f"expected to write {target}, got: {error.strerror or error}") from error
-    return target
+    return write_page(Path(folder) / PAGE, render_sweep(load_results(folder)))
 
 
 def render_sweep(sweep: Sweep) -> str:

@@ -219,8 +219,9 @@ class _Attempt:
         self._previous = state.perturbations.get("previous")
         if self._previous is None and self._inner is not None and self._inner.start == "previous":
             self._previous = torch.zeros(data.train.images.shape, dtype=torch.int8)
-        self.quantized = bool(quantizer_steps(self._network))
-        if compiled == "network" and not self.quantized and cpp_compiler() is not None:
+        self.quantized = bool(self._calibrated)
+        alone = world.size == 1  # BatchNorm over several processes is not compiled
+        if compiled == "network" and alone and not self.quantized and cpp_compiler() is not None:
             self._network.compile()  # in place; copies are not compiled
         self._wrapped, self._optimizer = self._fabric.setup(self._network, optimizer)
 

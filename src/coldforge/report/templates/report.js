@@ -4,9 +4,6 @@
   const source = document.getElementById("tradeoff-data");
   if (!node || !source || !window.Plotly) { return; }
   const data = JSON.parse(source.textContent);
-  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const escapeText = (words) => words.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
-  const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif";
 
   function overlap(a, b) {
     return Math.max(0, Math.min(a[2], b[2]) - Math.max(a[0], b[0])) *
@@ -110,11 +107,5 @@
   }
 
   draw();
-  let timer = 0;
-  let lastWidth = node.clientWidth;
-  window.addEventListener("resize", () => {
-    clearTimeout(timer);
-    timer = setTimeout(() => { if (node.clientWidth !== lastWidth) { lastWidth = node.clientWidth; draw(); } }, 120);
-  });
-  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  keepDrawn(node, draw);
 }());

@@ -6,9 +6,6 @@
   const form = document.querySelector(".controls");
   const node = byId("pareto");
   const plotted = Boolean(node && window.Plotly && data.xs);
-  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const escapeText = (words) => String(words).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
-  const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif";
   // Okabe and Ito's colours without black and yellow, for values without an order; viridis for those with one.
   const UNORDERED = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"];
   const ORDERED = ["--ordered-0", "--ordered-1", "--ordered-2", "--ordered-3", "--ordered-4", "--ordered-5"];
@@ -238,12 +235,6 @@
       row.classList.add("picked");
       row.scrollIntoView({ block: "nearest" });
     });
-    let timer = 0;
-    let lastWidth = node.clientWidth;
-    window.addEventListener("resize", () => {
-      clearTimeout(timer);
-      timer = setTimeout(() => { if (node.clientWidth !== lastWidth) { lastWidth = node.clientWidth; update(); } }, 120);
-    });
-    window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", update);
+    keepDrawn(node, update);
   }
 }());
