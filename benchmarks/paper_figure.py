@@ -32,10 +32,10 @@ from coldforge.store import write_atomic
 
 DATA = {"fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
 COLUMNS: tuple[tuple[Compression, str, str], ...] = (
-    ("pruning", "natural", "pruned, from a natural network"),
-    ("pruning", "adversarial", "pruned, from an adversarial one"),
-    ("quantization", "natural", "quantized, from a natural network"),
-    ("quantization", "adversarial", "quantized, from an adversarial one"),
+    ("pruning", "natural", "pruned, base trained naturally"),
+    ("pruning", "adversarial", "pruned, base trained adversarially"),
+    ("quantization", "natural", "quantized, base trained naturally"),
+    ("quantization", "adversarial", "quantized, base trained adversarially"),
 )
 ROWS = (("clean", "clean accuracy, %"), ("robust", "robust accuracy, %"))
 AXES = {"pruning": "part of the channels removed", "quantization": "bits of weights and activations"}
@@ -54,7 +54,7 @@ DENSE: dict[str, Any] = {"color": COLOURS["reference"], "linewidth": 1.1, "lines
 def figure_of(data: str, points: Sequence[Point], paper: Sequence[Read]) -> Figure:
     """Four columns (pruned, quantized; from either base), clean accuracy above, robust below."""
     figure = Figure(figsize=(13.2, 6.4))
-    figure.subplots_adjust(left=0.052, right=0.992, bottom=0.085, top=0.80, hspace=0.09, wspace=0.06)
+    figure.subplots_adjust(left=0.052, right=0.99, bottom=0.085, top=0.80, hspace=0.09, wspace=0.06)
     grid = figure.subplots(2, 4, sharey=True, squeeze=False)
     mine = [point for point in points if point.data == data]
     for column, (compression, base, title) in enumerate(COLUMNS):
@@ -88,7 +88,7 @@ def _caption(points: Sequence[Point]) -> str:
     spread = "mean and standard deviation over" if seeds > 1 else "with"
     return (
         f"Lines: corrected protocol, PGD-20 on {attacked:,} test images, {spread} {seeds} seed{'s' * (seeds > 1)}. "
-        "Paper: its “standard” values beside natural bases, its “adversarial” ones beside adversarial bases."
+        "Read off the paper: its “standard” beside natural bases, its “adversarial” beside adversarial ones."
     )
 
 
@@ -129,7 +129,7 @@ def _draw(
                 axes.plot(spots[level], statistics.fmean(values), color=colour, zorder=5, **STRONGER)
             for point in (p for p in mine if p.masking == "suspect"):
                 axes.plot(spots[point.level], 100 * point.robust, "x", color=WRONG, markersize=9, mew=1.8, zorder=6)
-    axes.plot([spots[r.level] for r in read], [100 * r.value for r in read], color=WRONG, zorder=2, **FROM_PAPER)
+    axes.plot([spots[r.level] for r in read], [100 * r.value for r in read], color=INK, zorder=2, **FROM_PAPER)
     axes.grid(color=RULE, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.margins(x=0.07)
@@ -152,7 +152,7 @@ def _legend(figure: Figure, points: Sequence[Point]) -> None:
         for name, colour, look in ARMS.values()
     ]
     handles.append(Line2D([], [], label="dense (robust: trained adversarially)", **DENSE))
-    handles.append(Line2D([], [], color=WRONG, label="read off the paper", **FROM_PAPER))
+    handles.append(Line2D([], [], color=INK, label="read off the paper", **FROM_PAPER))
     if any(point.protocol == "literal" for point in points):
         handles.append(Line2D([], [], color="white", label="the paper's literal protocol", **LITERAL))
     if any(point.attack == "autoattack-lite" for point in points):

@@ -123,7 +123,10 @@ def read_sweeps(folders: Iterable[Path]) -> tuple[list[Point], dict[str, dict[st
             "data": found[0].data,
             "trials": sweep.trials,
             "finished": len(sweep.finished),
-            "failures": [f"{failure.label}: {failure.error}" for failure in sweep.failures],
+            "failures": [
+                f"{', '.join(sweep.labels[trial] for trial in failure.trials)}: {failure.label}: {failure.error}"
+                for failure in sweep.failures
+            ],
             **sweep.stages,
         }
     return points, told
