@@ -2,8 +2,8 @@
 
 Everything here is a pure function of points. A difference of two accuracies is the mean over seeds of the paired
 differences, with a 95 % interval of two parts: the spread over seeds (Student's t) and the test images (binomial, as if
-the two networks had seen different images, so that it is too wide rather than too narrow). A verdict is given only where
-the whole interval lies on one side of the limit.
+the two networks had seen different images, so that it is too wide rather than too narrow). A verdict is given only
+where the whole interval lies on one side of the limit.
 """
 
 from __future__ import annotations
@@ -210,7 +210,8 @@ def clean_without_robustness(compression: Compression, level: float) -> Callable
         return Finding(
             both(at_least(clean, -CLOSE), at_most(robust, CLOSE)),
             f"At {say(level, compression)}, naturally tuned: clean accuracy {_pc(clean.first)} (dense "
-            f"{_pc(clean.second)}; {clean}), robust accuracy {_pc(robust.first)} (dense {_pc(robust.second)}; {robust}).",
+            f"{_pc(clean.second)}; {clean}), robust accuracy {_pc(robust.first)} (dense {_pc(robust.second)}; "
+            f"{robust}).",
         )
 
     return test
@@ -276,9 +277,9 @@ def cheaper(case: Case) -> Finding:
     cheap = HOLDS if max(training, inference) <= CHEAP else FAILS
     return Finding(
         both(robust.verdict, cheap),
-        f"{robust.sentence} The fine-tuning took {_pc(training)} of the multiply-adds of the dense network's adversarial "
-        f"training, {_pc(whole)} with the natural training before it; the small network takes {_pc(inference)} of the "
-        "dense one's for an image.",
+        f"{robust.sentence} The fine-tuning took {_pc(training)} of the multiply-adds of the dense network's "
+        f"adversarial training, {_pc(whole)} with the natural training before it; the small network takes "
+        f"{_pc(inference)} of the dense one's for an image.",
     )
 
 
@@ -338,7 +339,7 @@ def _order(point: Point) -> tuple[bool, bool]:
     return point.protocol == "literal", point.attack == "autoattack-lite"
 
 
-# --- which networks does the legend mean? ------------------------------------------------------------------------------
+# --- which networks does the legend mean? ----------------------------------------------------------------------------
 
 
 def readings(points: Sequence[Point], paper: Sequence[Read], data: str) -> list[dict[str, object]]:

@@ -4,9 +4,9 @@
     python benchmarks/paper_figure.py sweep-paper-figure1-fashion-mnist […] [--out results/paper]
     python scripts/update_readme.py                                 # writes docs/paper.md from it
 
-For each data set: DATA.csv, the points of all sweeps given so far (a sweep takes the place of what was there of its data
-set, protocol and attack); DATA.svg and DATA.png, the figure; DATA.json, the verdicts. Without sweeps these are made anew
-from the points. A sweep that is still at work may be given, too: what is missing is then said to be missing.
+For each data set: DATA.csv, the points of all sweeps given so far (a sweep takes the place of what was there of its
+data set, protocol and attack); DATA.svg and DATA.png, the figure; DATA.json, the verdicts. Without sweeps these are
+made anew from the points. A sweep that is still at work may be given, too: what is missing is then said to be missing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,13 @@ ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "adversarial": ("tuned adversarially", COLOURS["adversarial"], {"marker": "o", "linestyle": "-"}),
 }
 """What the lines are called and how they look, as in the panels of a sweep's page."""
-LITERAL: dict[str, Any] = {"marker": "*", "markersize": 9, "linestyle": "", "markeredgecolor": INK, "markeredgewidth": 0.6}
+LITERAL: dict[str, Any] = {
+    "marker": "*",
+    "markersize": 9,
+    "linestyle": "",
+    "markeredgecolor": INK,
+    "markeredgewidth": 0.6,
+}
 STRONGER: dict[str, Any] = {"marker": "_", "markersize": 11, "linestyle": "", "markeredgewidth": 2.2}
 FROM_PAPER: dict[str, Any] = {"marker": "D", "markersize": 5.5, "linestyle": "", "markerfacecolor": "none"}
 DENSE: dict[str, Any] = {"color": COLOURS["reference"], "linewidth": 1.1, "linestyle": (0, (6, 3))}
@@ -54,7 +60,7 @@ DENSE: dict[str, Any] = {"color": COLOURS["reference"], "linewidth": 1.1, "lines
 def figure_of(data: str, points: Sequence[Point], paper: Sequence[Read]) -> Figure:
     """Four columns (pruned, quantized; from either base), clean accuracy above, robust below."""
     figure = Figure(figsize=(13.2, 6.4))
-    figure.subplots_adjust(left=0.052, right=0.99, bottom=0.085, top=0.80, hspace=0.09, wspace=0.06)
+    figure.subplots_adjust(left=0.052, right=0.99, bottom=0.085, top=0.825, hspace=0.09, wspace=0.06)
     grid = figure.subplots(2, 4, sharey=True, squeeze=False)
     mine = [point for point in points if point.data == data]
     for column, (compression, base, title) in enumerate(COLUMNS):
@@ -73,7 +79,14 @@ def figure_of(data: str, points: Sequence[Point], paper: Sequence[Read]) -> Figu
                 axes.set_ylabel(name, fontsize=9, color=INK)
         grid[1][column].set_xlabel(AXES[compression], fontsize=9, color=INK)
     grid[0][0].set_ylim(-3, 103)
-    figure.text(0.052, 0.955, f"{DATA[data]}: robustness after compression and fine-tuning", fontsize=12.5, color=INK, weight="bold")
+    figure.text(
+        0.052,
+        0.955,
+        f"{DATA[data]}: robustness after compression and fine-tuning",
+        fontsize=12.5,
+        color=INK,
+        weight="bold",
+    )
     figure.text(0.052, 0.925, _caption(mine), fontsize=8.5, color=MUTED)
     _legend(figure, mine)
     return figure
@@ -105,7 +118,12 @@ def _spots(compression: Compression, points: Sequence[Point], read: Sequence[Rea
 
 
 def _draw(
-    axes: Any, measure: str, points: Sequence[Point], dense: Sequence[Point], read: Sequence[Read], spots: dict[float, float]
+    axes: Any,
+    measure: str,
+    points: Sequence[Point],
+    dense: Sequence[Point],
+    read: Sequence[Read],
+    spots: dict[float, float],
 ) -> None:
     level_of_dense = [100 * getattr(p, measure) for p in dense if _is_main(p)]
     if level_of_dense:
@@ -160,8 +178,8 @@ def _legend(figure: Figure, points: Sequence[Point]) -> None:
     if any(point.masking == "suspect" for point in points):
         handles.append(Line2D([], [], color=WRONG, marker="x", linestyle="", markersize=8, label="suspect"))
     figure.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(0.045, 0.915), ncols=len(handles), frameon=False, fontsize=8.5,
-        labelcolor=INK, handlelength=2.4, columnspacing=1.5,
+        handles=handles, loc="upper left", bbox_to_anchor=(0.045, 0.915), ncols=len(handles), frameon=False,
+        fontsize=8.5, labelcolor=INK, handlelength=2.4, columnspacing=1.5,
     )  # fmt: skip
 
 

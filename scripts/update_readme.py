@@ -190,8 +190,8 @@ def paper_figure(path: Path) -> str:
     for name, sweep in json.loads(path.read_text(encoding="utf-8"))["sweeps"].items():
         share = sweep["macs"] / sweep["macs_alone"]
         lines.append(
-            f"- `recipes/{name}.toml`: {sweep['finished']} of {sweep['trials']} trials, {sweep['distinct']:,} stages in "
-            f"place of {sweep['alone']:,}, {100 * share:.0f} % of the multiply-adds of independent trials."
+            f"- `recipes/{name}.toml`: {sweep['finished']} of {sweep['trials']} trials, {sweep['distinct']:,} stages "
+            f"in place of {sweep['alone']:,}, {100 * share:.0f} % of the multiply-adds of independent trials."
         )
         lines += [f"  - Not there: {failure}." for failure in sweep["failures"]]
     return "\n".join(lines)
@@ -227,7 +227,7 @@ def paper_readings(path: Path) -> str:
     rows = json.loads(path.read_text(encoding="utf-8"))["readings"]
     names = [f"{setting} {measure}" for setting in ("standard", "adversarial") for measure in ("clean", "robust")]
     lines = [
-        "| protocol | compression | base | fine-tuning | levels | " + " | ".join(f"“{name}”" for name in names) + " |",
+        "| protocol | compression | base | fine-tuning | levels | " + " | ".join(f"“{n}”" for n in names) + " |",
         "|---|---|---|---|---:|" + "---:|" * len(names),
     ]
     for row in rows:

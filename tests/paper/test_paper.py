@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,19 @@ from pathlib import Path
 import paper_figure
 import pytest
 from paper_claims import (
-    FAILS, HOLDS, MISSING, OPEN, Case, at_least, at_most, both, claims, difference, judge, judged, readings,
+    FAILS,
+    HOLDS,
+    MISSING,
+    OPEN,
+    Case,
+    at_least,
+    at_most,
+    both,
+    claims,
+    difference,
+    judge,
+    judged,
+    readings,
 )  # fmt: skip
 from paper_points import Point, load_paper, load_points, merged, points_of, read_sweeps, save_points
 
@@ -165,7 +178,9 @@ def test_the_values_read_off_the_paper() -> None:
 
 
 def test_a_difference_has_an_interval_of_seeds_and_images() -> None:
-    first = [point("pruning", 0.5, "natural", "none", seed, 0.9, value) for seed, value in enumerate((0.50, 0.52, 0.54))]
+    first = [
+        point("pruning", 0.5, "natural", "none", seed, 0.9, value) for seed, value in enumerate((0.50, 0.52, 0.54))
+    ]
     second = [point("none", 0, "natural", "dense", seed, 0.9, 0.40) for seed in (0, 1, 2, 7)]
     found = difference(first, second, "robust")
     assert found.value == pytest.approx(0.12), "seed 7 has no partner"
@@ -317,7 +332,13 @@ def test_points_of_a_sweep(tmp_path) -> None:
     numbers = {"n": 100, "n_attacked": 50, "params": 5, "macs": 7, "packed_bytes": 9, "train_macs": 0.0}
     small = {"pruning_ratio:requested": 0.5, "weight_bits": 32}
     rows = [
-        {"name": "baseline", "exported": False, "pruning_ratio:requested": 0.0, "weight_bits": 32, "robust:worst_case": 0.1},
+        {
+            "name": "baseline",
+            "exported": False,
+            "pruning_ratio:requested": 0.0,
+            "weight_bits": 32,
+            "robust:worst_case": 0.1,
+        },
         {"name": "compressed", "exported": False, **small, "robust:worst_case": 0.2},
         {"name": "tuned", "label": "naturally tuned", "exported": False, **small, "robust:worst_case": 0.3},
         {"name": "tuned", "label": "adversarially tuned", "exported": True, **small, "robust:worst_case": 0.4},
@@ -342,3 +363,47 @@ def test_points_of_a_sweep(tmp_path) -> None:
         points_of(Sweep(tmp_path, "s", "", ("base",), (), 1))
     with pytest.raises(UsageError, match="expected a folder that `coldforge sweep` wrote"):
         read_sweeps([tmp_path / "nowhere"])
+
+
+@pytest.fixture(scope="module")
+def pages():
+    """The script that writes the pages, as a module."""
+    spec = importlib.util.spec_from_file_location("update_readme", ROOT / "scripts" / "update_readme.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_shows_verdicts_with_their_sentences(pages, tmp_path) -> None:
+    points = [*synthetic(), *synthetic(seeds=(0,), levels=([0.5], [8]), protocol="literal", attack="pgd-20-paper")]
+    told = {"distinct": 1146, "alone": 1428, "macs": 1.0, "macs_alone": 4.0, "trials": 84, "finished": 83}
+    told["failures"] = ["bits=1 base=natural seed=2: fine-tune: natural: training collapsed"]
+    record = {
+        "sweeps": {FASHION: told},
+        "claims": judged(points, "fashion-mnist"),
+        "readings": readings(points, load_paper(), "fashion-mnist"),
+    }
+    path = tmp_path / "fashion-mnist.json"
+    path.write_text(json.dumps(record), encoding="utf-8")
+    claimed = pages.paper_claims(path)
+    assert claimed.startswith("| claim | corrected, PGD-20, 3 seeds | literal, PGD-20, 1 seed |\n")
+    assert "| Quantization to 1 bit destroys the network. | does not hold | – |" in claimed
+    assert "   - corrected, PGD-20, 3 seeds: **holds.** Trained naturally, compressed (50 %" in claimed
+    shown = pages.paper_figure(path)
+    assert "83 of 84 trials, 1,146 stages in place of 1,428, 25 % of the multiply-adds" in shown
+    assert "Not there: bits=1 base=natural seed=2: fine-tune: natural: training collapsed." in shown
+    table = pages.paper_readings(path).splitlines()
+    assert len(table) == 2 + 2 * 6 * 2
+    assert all(
+        "**" in "".join(line for line in table if f"| {which} |" in line) for which in ("pruning", "quantization")
+    )
+    for kind in (pages.paper_claims, pages.paper_figure, pages.paper_readings):
+        assert kind(tmp_path / "none.json") == "*Not computed yet.*"
+
+
+def test_the_page_names_what_is_there() -> None:
+    text = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
+    for recipe in RECIPES.glob("*.toml"):
+        assert recipe.stem.removeprefix("paper-figure1") in text, f"{recipe.name} is not on the page"

@@ -134,7 +134,10 @@ def test_names_decide_nothing():
         ({"axes": {"prune.ration": [0.1]}}, "unknown key 'prune.ration'; did you mean 'ratio'"),
         ({"axes": {"prune.ratio": [1.5]}}, r"prune\.ratio: expected a part of the channels"),
         ({"exclude": [{"seed": [0, 1]}]}, "every combination is excluded"),
-        ({"exclude": [{"prune.ration": 0.5}]}, r"exclude: expected axes, .* 'prune.ration'; did you mean 'prune.ratio'"),
+        (
+            {"exclude": [{"prune.ration": 0.5}]},
+            r"exclude: expected axes, .* 'prune.ration'; did you mean 'prune.ratio'",
+        ),
         ({"set": {"compute.devices": 2}}, r"compute\.devices, .*: expected 1 in a sweep"),
     ],
 )

@@ -106,8 +106,8 @@ def _is_channels_last(x: Tensor) -> bool:
 def _flat(x: Tensor, like: Tensor) -> Tensor:
     """All numbers in the order in which those of ``like`` lie in memory, so that one kernel serves all shapes.
 
-    ``data`` forgets that it is a view: torch.compile would compile anew for each shape and stride of what it is a view of,
-    and give up after eight of them. Whether a network is trained compiled must not depend on what came before it.
+    ``data`` forgets that it is a view: torch.compile would compile anew for each shape and stride of what it is a view
+    of, and give up after eight of them. Whether a network is trained compiled must not depend on what came before it.
     """
     return (x.permute(0, 2, 3, 1).reshape(-1) if _is_channels_last(like) else x.reshape(-1)).data
 
