@@ -149,32 +149,41 @@ def run(task: Task, attack: str, who: str, seed: int, reference: str, *, mixed: 
 
 
 def verdicts(results: list[Result]) -> Iterator[dict[str, Any]]:
-    """Ours against the reference wherever both were run on the same images with the same seed.
+    """Ours against the reference wherever both were run on the same images with the same seed; then over all seeds.
 
     The yardstick beside it is how far the reference is from itself with another seed.
     """
+    pairs: dict[tuple[str, str], list[tuple[Result, Result]]] = {}
     for ours in sorted(results, key=place):
         for theirs in results:
             job = (ours["network"], ours["attack"], "reference", ours["seed"], ours["n"], ours["weights"])
-            if ours["who"] != "ours" or not is_same(theirs, *job):
-                continue
-            points, low, high = difference(standing(ours), standing(theirs))
-            again = [
-                difference(standing(theirs), standing(other))[0]
-                for other in results
-                if other["seed"] != ours["seed"] and is_same({**other, "seed": ours["seed"]}, *job)
-            ]
-            is_ensemble = ours["attack"] == "autoattack"
-            passed = abs(points) <= WITHIN + 1e-9 and not (is_ensemble and points > WEAKER + 1e-9)
-            yield {
-                **{key: ours[key] for key in ("network", "attack", "seed", "n")},
-                "ours": ours["robust_accuracy"],
-                "reference": theirs["robust_accuracy"],
-                "difference_points": points,
-                "ci95_points": (low, high),
-                "reference_between_seeds_points": again,
-                "passed": passed,
-            }
+            if ours["who"] == "ours" and is_same(theirs, *job):
+                pairs.setdefault((ours["network"], ours["attack"]), []).append((ours, theirs))
+    for found in pairs.values():
+        for pair in found:
+            yield verdict([pair], [theirs for _, theirs in found])
+        if len(found) > 1:
+            yield verdict(found, [])
+
+
+def verdict(pairs: list[tuple[Result, Result]], references: list[Result]) -> dict[str, Any]:
+    """Ours and the reference with the same seed, or the mean over several seeds: paired image by image."""
+    first, n = pairs[0][0], pairs[0][0]["n"]
+    each = np.mean([100.0 * standing(ours) - 100.0 * standing(theirs) for ours, theirs in pairs], axis=0)
+    points, half = float(each.mean()), 1.96 * float(each.std()) / n**0.5
+    low, high = difference(*map(standing, pairs[0]))[1:] if len(pairs) == 1 else (points - half, points + half)
+    others = [other for other in references if other["seed"] != first["seed"]]
+    passed = abs(points) <= WITHIN + 1e-9 and not (first["attack"] == ATTACKS[-1] and points > WEAKER + 1e-9)
+    return {
+        **{key: first[key] for key in ("network", "attack", "n")},
+        "seed": first["seed"] if len(pairs) == 1 else "mean",
+        "ours": float(np.mean([ours["robust_accuracy"] for ours, _ in pairs])),
+        "reference": float(np.mean([theirs["robust_accuracy"] for _, theirs in pairs])),
+        "difference_points": points,
+        "ci95_points": (low, high),
+        "reference_between_seeds_points": [difference(standing(pairs[0][1]), standing(o))[0] for o in others],
+        "passed": passed,
+    }
 
 
 def merged(record: dict[str, Any], files: Iterable[Path]) -> dict[str, Any]:
@@ -208,8 +217,8 @@ def table(record: dict[str, Any]) -> str:
     for row in verdicts(with_ensembles(record["results"])):
         low, high = row["ci95_points"]
         lines.append(
-            f"| {row['network']} | {row['attack']} | {row['seed']} | {row['n']} | {100 * row['ours']:.1f} "
-            f"| {100 * row['reference']:.1f} | {row['difference_points']:+.2f} [{low:+.2f}, {high:+.2f}] "
+            f"| {row['network']} | {row['attack']} | {row['seed']} | {row['n']} | {100 * row['ours']:.2f} "
+            f"| {100 * row['reference']:.2f} | {row['difference_points']:+.2f} [{low:+.2f}, {high:+.2f}] "
             f"| {', '.join(f'{points:+.2f}' for points in row['reference_between_seeds_points'])} "
             f"| {'yes' if row['passed'] else '**no**'} |"
         )

@@ -77,8 +77,8 @@ def attack_parity(path: Path) -> str:
     for row in json.loads(path.read_text(encoding="utf-8"))["verdicts"]:
         low, high = row["ci95_points"]
         lines.append(
-            f"| {row['network']} | {row['attack']} | {row['seed']} | {row['n']} | {100 * row['ours']:.1f} "
-            f"| {100 * row['reference']:.1f} | {row['difference_points']:+.1f} [{low:+.1f}, {high:+.1f}] |"
+            f"| {row['network']} | {row['attack']} | {row['seed']} | {row['n']} | {100 * row['ours']:.2f} "
+            f"| {100 * row['reference']:.2f} | {row['difference_points']:+.2f} [{low:+.1f}, {high:+.1f}] |"
         )
     return "\n".join(lines)
 

@@ -82,6 +82,7 @@ def test_the_source_mapping_is_not_changed():
         ("quantize.weight_bits=3.5", r"quantize.weight_bits: expected a whole number of bits, one of 1, .* got 3.5"),
         ("quantize.weight_bits=32", "weight_bits and activation_bits both quantized or both 32, got 32 and 8"),
         ("finetune.arms=[]", r"finetune.arms: expected distinct arms, at least one, got \[\]"),
+        ('evaluate.stages=["baseline"]', r"evaluate.stages: expected at least \"artifact\", got \['baseline'\]"),
         ('finetune.arms=["natural"]', r"deploy.arm: expected one of finetune.arms \['natural'\], got 'adversarial'"),
         (
             "finetune.objective=natural",

@@ -53,7 +53,7 @@ def record(shop: Shop, made: Arrow, command: str = "") -> Record:
         recipe.seed,
         command,
         data={
-            "name": shop.data.test.name,
+            "name": shop.evaluated.name,
             "fingerprint": shop.data.fingerprint,
             "train": len(shop.data.train),
             "validation": len(shop.data.validation),
@@ -92,7 +92,7 @@ def _row(shop: Shop, made: Arrow, row: str) -> StageRecord:
     notes = list(trained.get("notes", []))
     agreed: AgreementRecord | None = None
     if row == "artifact":
-        trained = {}
+        trained = {} if f"evaluate: {made.artifact}" in made.evidence else trained  # said once
         found = shop.result(made.evidence["agree"])
         agreed = AgreementRecord(clean=found["clean"], adversarial=found["adversarial"])
         notes += _warnings(cost, found)

@@ -53,7 +53,7 @@ def arrow(shop: Shop) -> Arrow:
     evidence = {
         f"evaluate: {row}": stages.evaluate(shop, network, row, parent=parent)
         for row, network in networks.items()
-        if row != "parent"
+        if row != "parent" and assemble.LABELS[row][0] in recipe.evaluate.stages
     }
     evidence["evaluate: artifact"] = stages.evaluate(shop, twin, "artifact", parent=parent, file=files[artifact])
     if recipe.evaluate.masking_n:

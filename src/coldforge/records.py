@@ -155,6 +155,12 @@ class Record(RecordModel):
     threat_model: ThreatModelRecord
     stages: tuple[StageRecord, ...] = Field(min_length=1)
 
+    @property
+    def images(self) -> str:
+        """What was attacked, in words."""
+        part = self.recipe.get("evaluate", {}).get("part", "test")
+        return "validation images" if part == "validation" else "test images"
+
     def stage(self, name: StageName, containing: str = "") -> StageRecord | None:
         """The first stage of that name whose label contains a word, or None."""
         return next((stage for stage in self.stages if stage.name == name and containing in stage.label), None)

@@ -75,6 +75,16 @@ def test_kernels_are_used_only_inside_and_only_for_one_step() -> None:
 
 
 @needs_compiler
+def test_other_ranges_are_not_compiled_anew() -> None:
+    x, grad = torch.linspace(-2, 2, 48), torch.ones(48)
+    with fused():
+        outcome(x, grad, 0.1, 3, 4, "clipped")
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for zero, bits in [(0, 4), (0, 8), (7, 8), (128, 8), (1, 2)]:
+                outcome(x, grad, 0.1, zero, bits, "clipped")
+
+
+@needs_compiler
 def test_an_attack_that_needs_no_gradient_of_the_step() -> None:
     quantizer = ActivationQuantizer(4)
     quantizer.set_range(0.0, 1.0)

@@ -17,6 +17,8 @@ from coldforge.models import model_source
 from coldforge.pipeline import arrow, plan, resolve, run
 from coldforge.recipe import load_recipe
 from coldforge.records import Record, load_record
+from coldforge.report.html import render_report
+from coldforge.report.table import footnotes
 from coldforge.stages import Shop
 from coldforge.store import Store
 
@@ -106,6 +108,33 @@ def test_threat_model_and_provenance(made, splits):
     assert len(origin["stage_keys"]) == len(TINY_STAGES)
     found = {entry.key for entry in made.store.entries()}
     assert set(origin["stage_keys"].values()) == found
+
+
+def test_recipes_are_chosen_on_the_validation_part(made, copied, forge_again, recipe, splits, tmp_path):
+    changed = recipe({"evaluate.part": "validation", "evaluate.masking_n": 0, "evaluate.attacks": ["fgsm"]})
+    again = forge_again(changed, copied, tmp_path / "out")
+    found = again.record
+    assert not [label for label in again.spy.built if "fine-tune" in label or "export" in label]
+    assert [label for label in again.spy.built if "evaluate" in label]
+    assert {stage.n for stage in found.stages} == {len(splits.validation)}
+    assert found.provenance["data"]["name"] == splits.validation.name
+    assert footnotes(found)[0].endswith("40 validation images; 95 % Wilson intervals.")
+    assert "On the validation part" in render_report(found)
+    assert "On the validation part" not in render_report(made.record)
+    assert footnotes(made.record)[0].endswith("60 test images; 95 % Wilson intervals.")
+
+
+def test_only_some_rows_are_evaluated(made, copied, forge_again, recipe, tmp_path):
+    changed = recipe({"evaluate.stages": ["baseline", "artifact"]})
+    again = forge_again(changed, copied, tmp_path / "out")
+    assert again.spy.built == []
+    baseline, artifact = again.record.stages
+    tuned = made.record.stage("tuned", "adversarial")
+    assert (artifact.train_macs, artifact.curve) == (tuned.train_macs, tuned.curve)  # of the network it was made from
+    assert made.record.stage("artifact").train_macs == 0  # said of that network already
+    assert artifact.robust_accuracy == made.record.stage("artifact").robust_accuracy
+    assert baseline == made.record.stage("baseline")
+    assert "artifact" in render_report(again.record)
 
 
 def test_sizes_and_costs(made):

@@ -36,6 +36,7 @@ CHANGES = {
     "prune.step_epochs=2": ["prune*", "*parent", *AFTER_ROUNDING],
     "deploy.arm=natural": ON_THE_FILE,
     "evaluate.n=20": ["evaluate*", "agreement*"],
+    "evaluate.part=validation": ["evaluate*", "agreement*", "masking*", "adversarial examples", "latency*"],
     'evaluate.attacks=["fgsm"]': ["evaluate*"],
     'evaluate.attacks=["fgsm", "pgd-5-2"]': ["evaluate*"],
     'deploy.runtimes=["onnxruntime", "openvino"]': ["latency*"],
@@ -95,8 +96,11 @@ def test_weights_decide(before, recipe, stages_of, model):
     assert changed(before, stages_of(recipe(), network=copy.deepcopy(model))) == set()
 
 
-@pytest.mark.parametrize("part", ["train", "test"])
-def test_data_decide(part, before, recipe, stages_of, splits):
+@pytest.mark.parametrize(
+    ("part", "what"),
+    [("train", ["*"]), ("test", ["evaluate*", "masking*", "agreement*", "adversarial examples", "latency*"])],
+)
+def test_data_decide(part, what, before, recipe, stages_of, splits):
     images = {"train": splits.train.images.clone(), "test": splits.test.images.clone()}
 
     def again():
@@ -107,7 +111,7 @@ def test_data_decide(part, before, recipe, stages_of, splits):
     same, as_before = stages_of(recipe(), data=again()), stages_of(recipe(), data=again())
     assert changed(same, as_before) == set()
     images[part][0, 0, 0, 0] ^= 1
-    assert changed(same, stages_of(recipe(), data=again())) == set(before)
+    assert changed(same, stages_of(recipe(), data=again())) == matching(before, what)
 
 
 def test_the_content_of_a_checkpoint_decides_and_not_its_name(recipe, shop, tmp_path, monkeypatch):

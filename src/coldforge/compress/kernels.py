@@ -69,24 +69,28 @@ def round_to_grid(x: Tensor, step: Tensor, low: float, high: float) -> Tensor:
         high: largest code less the code of 0.
     """
     with torch.no_grad():
-        return _shaped(_compiled(_round)(_flat(x, x), step.detach(), torch.tensor([low, high])), x)
+        return _shaped(_compiled(_round)(_flat(x, x), step.detach(), *_borders(low, high)), x)
 
 
 def gradients(grad: Tensor, x: Tensor, step: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`round_to_grid`: by ``x``, straight through inside the range; by ``step``, as in LSQ."""
     with torch.no_grad():
-        ends = torch.tensor([low, high])
-        grad_x, grad_step = _compiled(_gradients)(_flat(grad, x), _flat(x, x), step.detach(), ends)
+        borders = _borders(low, high)
+        grad_x, grad_step = _compiled(_gradients)(_flat(grad, x), _flat(x, x), step.detach(), *borders)
         return _shaped(grad_x, x), grad_step
 
 
-def _round(x: Tensor, step: Tensor, ends: Tensor) -> Tensor:
-    low, high = ends.unbind()
+@functools.cache
+def _borders(low: float, high: float) -> tuple[Tensor, Tensor]:
+    """As tensors: numbers would be compiled in, and torch gives up on a function after a few of them."""
+    return torch.tensor(low), torch.tensor(high)
+
+
+def _round(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return (torch.round(x.float() / step).clamp(low, high) * step).to(x.dtype)
 
 
-def _gradients(grad: Tensor, x: Tensor, step: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    low, high = ends.unbind()
+def _gradients(grad: Tensor, x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     scaled = x.float() / step
     inside = (scaled > low - 0.5) & (scaled < high + 0.5)
     codes = torch.round(scaled).clamp(low, high)

@@ -133,8 +133,12 @@ class DataSplits:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the fingerprints of the parts and the augmentation."""
-        parts = (self.train.fingerprint, self.validation.fingerprint, self.test.fingerprint, self.augment)
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return _digest(self.train.fingerprint, self.validation.fingerprint, self.test.fingerprint, self.augment)
+
+    @cached_property
+    def training_fingerprint(self) -> str:
+        """SHA-256 (hex) over what trainings see: all but the test images."""
+        return _digest(self.train.fingerprint, self.validation.fingerprint, self.augment)
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -167,3 +171,7 @@ class DataSplits:
 
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

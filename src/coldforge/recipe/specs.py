@@ -144,10 +144,24 @@ class EvaluateSpec(Spec):
 
     attacks: tuple[str, ...] = Field(default=("fgsm", "pgd-20", "autoattack-lite"), min_length=1)
     """Attacks run on every stage; worst_case is the point-wise worst of them and of the clean image."""
+    stages: tuple[Literal["baseline", "compressed", "tuned", "artifact", "reference", "control"], ...] = (
+        *("baseline", "compressed", "tuned", "artifact"),
+        *("reference", "control"),
+    )
+    """Which rows of the table are evaluated; the others are left out. The artifact always is one of them."""
+    part: Literal["test", "validation"] = "test"
+    """Which images are attacked. Choose among recipes by "validation", the images held out of train, and evaluate only
+    the chosen one on "test": the best of many would be too good by luck."""
     n: int = Field(default=0, ge=0)
-    """Test images to attack (0: all), taken from the front of the test set."""
+    """Images to attack (0: all), taken from the front of the part."""
     masking_n: int = Field(default=100, ge=0)
     """Test images on which the artifact's robust accuracy is checked for gradient masking (0: not checked)."""
+
+    @model_validator(mode="after")
+    def _artifact(self) -> Self:
+        if "artifact" not in self.stages:
+            raise ValueError(f'evaluate.stages: expected at least "artifact", got {list(self.stages)}')
+        return self
 
 
 class DeploySpec(Spec):

@@ -214,7 +214,7 @@ def _cards(record: Record, stage: StageRecord) -> Iterator[Card]:
         "Clean accuracy",
         text.percent(stage.clean_accuracy),
         "%",
-        f"baseline {text.percent(base.clean_accuracy)} %" if base else f"{stage.n:,} test images",
+        f"baseline {text.percent(base.clean_accuracy)} %" if base else f"{stage.n:,} {record.images}",
     )
     key = WORST if WORST in stage.robust_accuracy else strongest(stage, record)
     if key is None:
@@ -224,6 +224,7 @@ def _cards(record: Record, stage: StageRecord) -> Iterator[Card]:
         if base and key in base.robust_accuracy:
             note += f"; baseline {text.percent(base.robust_accuracy[key])} %"
         flags = {"suspect": is_suspect(stage), "literal threat model": not record.threat_model.box}
+        flags["validation images"] = record.images == "validation images"
         flag = ", ".join(name for name, raised in flags.items() if raised)
         yield Card("Robust accuracy", text.percent(stage.robust_accuracy[key]), "%", note, flag)
     yield _split_card("File", text.size(stage.size_bytes), _ratio(base, "size_bytes", stage, "smaller", "larger"))

@@ -196,7 +196,7 @@ def footnotes(record: Record) -> list[str]:
     threat = record.threat_model
     counts = sorted({stage.n for stage in record.stages})
     images = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
-    lines = [f"{images} test images; 95 % Wilson intervals."]
+    lines = [f"{images} {record.images}; 95 % Wilson intervals."]
     if attacks(record):
         lines[0] = (
             f"Robust: {text.norm(threat.norm)} perturbations up to eps {text.eps(threat.eps)} of the pixel range "

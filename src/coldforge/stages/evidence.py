@@ -64,7 +64,7 @@ def export(shop: Shop, network: Stage, what: str) -> Stage:
         write_json(folder / "result.json", cost)
 
     spec = [recipe.name, recipe.threat_model, versions().get("onnx", "")]
-    return shop.declare("export", f"export: {what}", spec, [network], build, reads_data=False, seconds=2.0)
+    return shop.declare("export", f"export: {what}", spec, [network], build, reads="nothing", seconds=2.0)
 
 
 def evaluate(shop: Shop, network: Stage, what: str, *, parent: Stage, file: Stage | None = None) -> Stage:
@@ -82,7 +82,7 @@ def evaluate(shop: Shop, network: Stage, what: str, *, parent: Stage, file: Stag
         model, structure = shop.network(network)
         ledger = evaluate_network(
             Target(model, _session(shop, file), {"its float parent": shop.network(parent)[0]} if transfers else {}),
-            shop.data.test,
+            shop.evaluated,
             attacks,
             shop.threat_model,
             n=recipe.evaluate.n,
@@ -96,7 +96,7 @@ def evaluate(shop: Shop, network: Stage, what: str, *, parent: Stage, file: Stag
         write_json(folder / "result.json", {**summarize(ledger, structure.classes).__dict__, "disputed": disputed})
 
     inputs = [network] + ([parent] if transfers else []) + ([file] if file is not None else [])
-    images = recipe.evaluate.n or len(shop.data.test)
+    images = recipe.evaluate.n or len(shop.evaluated)
     macs = shop.dense_macs() if what in ("baseline", "reference") else shop.small_macs()
     broken = 0.3 if "adversarial" not in what and what not in ("artifact", "reference", "control") else 1.0
     spec: list[object] = [
@@ -113,6 +113,7 @@ def evaluate(shop: Shop, network: Stage, what: str, *, parent: Stage, file: Stag
         spec,
         inputs,
         build,
+        reads="evaluated",
         macs=broken * images * macs * sum(_passes(attack) for attack in attacks),
     )
 
@@ -123,7 +124,7 @@ def masking(shop: Shop, network: Stage, what: str, *, file: Stage) -> Stage:
 
     def build(folder: Path, report: Report) -> None:
         model, _ = shop.network(network)
-        test = shop.data.test.take(slice(0, recipe.evaluate.masking_n))
+        test = shop.evaluated.take(slice(0, recipe.evaluate.masking_n))
         found = masking_panel(
             Target(model, _session(shop, file)),
             test.pixels(),
@@ -136,7 +137,7 @@ def masking(shop: Shop, network: Stage, what: str, *, file: Stage) -> Stage:
 
     spec = [recipe.threat_model, recipe.evaluate.masking_n, recipe.seed, versions().get("onnxruntime", "")]
     macs = 4.0 * _PANEL_PASSES * recipe.evaluate.masking_n * shop.small_macs()
-    return shop.declare("masking", f"masking panel: {what}", spec, [network, file], build, macs=macs)
+    return shop.declare("masking", f"masking panel: {what}", spec, [network, file], build, reads="evaluated", macs=macs)
 
 
 def _session(shop: Shop, file: Stage | None) -> OnnxSession | None:
@@ -169,7 +170,7 @@ def agree(shop: Shop, network: Stage, file: Stage) -> Stage:
     def build(folder: Path, report: Report) -> None:
         twin, _ = shop.network(network)
         session = OnnxSession(shop.folder(file) / ONNX_FILE, threads=1)
-        test = shop.data.test
+        test = shop.evaluated
         images, labels = test.pixels(), test.labels
         attacked = slice(0, recipe.evaluate.n or len(test))
         with attacking(twin):
@@ -202,10 +203,16 @@ def agree(shop: Shop, network: Stage, file: Stage) -> Stage:
         }
         write_json(folder / "result.json", result)
 
-    images = recipe.evaluate.n or len(shop.data.test)
+    images = recipe.evaluate.n or len(shop.evaluated)
     spec = [recipe.threat_model, recipe.evaluate.n, recipe.seed, versions().get("onnxruntime", "")]
     return shop.declare(
-        "agree", "agreement of file and twin", spec, [network, file], build, macs=84.0 * images * shop.small_macs()
+        "agree",
+        "agreement of file and twin",
+        spec,
+        [network, file],
+        build,
+        reads="evaluated",
+        macs=84.0 * images * shop.small_macs(),
     )
 
 
@@ -213,7 +220,7 @@ def gallery(shop: Shop, networks: Mapping[str, Stage]) -> Stage:
     """A few test images, one a class, attacked on each of ``networks`` (label to stage), to be seen."""
 
     def build(folder: Path, report: Report) -> None:
-        test = shop.data.test
+        test = shop.evaluated
         firsts = [int((test.labels == label).nonzero()[0, 0]) for label in test.labels.unique().tolist()]
         chosen = torch.tensor(firsts[:GALLERY_IMAGES])
         images, labels = test.pixels(chosen), test.labels[chosen]
@@ -229,7 +236,8 @@ def gallery(shop: Shop, networks: Mapping[str, Stage]) -> Stage:
         write_atomic(folder / "gallery.safetensors", save({name: part.contiguous() for name, part in tensors.items()}))
 
     spec = [list(networks), shop.recipe.threat_model, shop.recipe.seed]
-    return shop.declare("gallery", "adversarial examples", spec, list(networks.values()), build, seconds=1.0)
+    shown = list(networks.values())
+    return shop.declare("gallery", "adversarial examples", spec, shown, build, reads="evaluated", seconds=1.0)
 
 
 def measure(shop: Shop, dense: Stage, files: Mapping[str, Stage]) -> Stage:
@@ -245,7 +253,7 @@ def measure(shop: Shop, dense: Stage, files: Mapping[str, Stage]) -> Stage:
             for label, stage in files.items()
             for runtime in recipe.deploy.runtimes
         }
-        images = shop.data.test.pixels(torch.arange(max(LATENCY_BATCHES)) % len(shop.data.test))
+        images = shop.evaluated.pixels(torch.arange(max(LATENCY_BATCHES)) % len(shop.evaluated))
         rows: dict[str, list[dict[str, Any]]] = {label: [] for label in files}
         eager, _ = load_network(shop.folder(dense), shop.live_source)  # contiguous and fp32, as its users run it
         with torch.inference_mode():
@@ -270,4 +278,5 @@ def measure(shop: Shop, dense: Stage, files: Mapping[str, Stage]) -> Stage:
 
     spec = [list(files), recipe.deploy.runtimes, hardware_fingerprint(), versions()]
     seconds = len(LATENCY_BATCHES) * LATENCY_SECONDS * 2.2 * (len(files) * len(recipe.deploy.runtimes) + 1) + 4
-    return shop.declare("measure", "latency and energy", spec, [dense, *files.values()], build, seconds=seconds)
+    inputs = [dense, *files.values()]
+    return shop.declare("measure", "latency and energy", spec, inputs, build, reads="evaluated", seconds=seconds)

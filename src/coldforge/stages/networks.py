@@ -113,7 +113,7 @@ def prune(shop: Shop, network: Stage) -> Stage:
         [spec, seed, between, attacked],
         [network],
         build,
-        reads_data=sees_images or between is not None,
+        reads="training" if sees_images or between is not None else "nothing",
         trains=between is not None,
         macs=cost,
     )

@@ -13,13 +13,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from coldforge.attacks import ThreatModel
 from coldforge.compress import Structure, load_network
-from coldforge.data import DataSplits
+from coldforge.data import DataSplits, ImageSet
 from coldforge.measure import count_macs
 from coldforge.models import ModelSource, channels_last
 from coldforge.progress import Progress
@@ -28,10 +28,11 @@ from coldforge.store import Store
 from coldforge.store import key as stage_key
 from coldforge.train import Team
 
-VERSION = 1
+VERSION = 2
 """Raise it when a stage's code changes its results: old entries of the store are then not found any more."""
 
 Report = Callable[[float, str], None]
+Reads = Literal["training", "evaluated", "nothing"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +74,11 @@ class Shop:
         return ThreatModel.of(self.recipe.threat_model)
 
     @property
+    def evaluated(self) -> ImageSet:
+        """The images on which networks are judged."""
+        return self.data.validation if self.recipe.evaluate.part == "validation" else self.data.test
+
+    @property
     def live_source(self) -> ModelSource | None:
         """The architecture, where it is a live object that no name can rebuild."""
         return None if self.source.rebuildable else self.source
@@ -95,20 +101,28 @@ class Shop:
         inputs: Sequence[Stage],
         build: Callable[[Path, Report], None],
         *,
-        reads_data: bool = True,
+        reads: Reads = "training",
         trains: bool = False,
         macs: float = 0.0,
         seconds: float = 0.0,
     ) -> Stage:
-        """A stage with its key."""
+        """A stage with its key.
+
+        Args:
+            reads: which of the data; only that is in the key.
+        """
         settings = self.recipe.compute
         compute = [settings.threads, settings.precision, settings.compile, settings.device]
         if trains and settings.devices * settings.num_nodes > 1:
             compute += [settings.devices, settings.num_nodes]
-        upstream = [stage.key for stage in inputs] + ([self.data.fingerprint] if reads_data else [])
-        reads = tuple(stage.key for stage in inputs)
-        key = stage_key(kind, VERSION, [*spec, compute], upstream)
-        return Stage(kind, label, key, build, macs, seconds, reads, trains)
+        keys = tuple(stage.key for stage in inputs)
+        fingerprints = {
+            "training": [self.data.training_fingerprint],
+            "evaluated": [self.evaluated.fingerprint],
+            "nothing": [],
+        }
+        key = stage_key(kind, VERSION, [*spec, compute], [*keys, *fingerprints[reads]])
+        return Stage(kind, label, key, build, macs, seconds, keys, trains)
 
     def has(self, stage: Stage) -> bool:
         """Whether the store holds it."""
