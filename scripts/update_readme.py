@@ -3,8 +3,9 @@
 
 A table stands between `<!-- KIND: PATH -->` and `<!-- end -->`. PATH is a JSON file, from the root of the repository.
 KIND is `table` (a record.json), `clipping`, `attack_parity`, `attack_speed`, `int4` (by the benchmarks of that name),
-`sweep_seconds`, `sweep_sizes`, `sweep_trials` or `sweep_workers` (by sweep_scale), one of the tables of
-benchmarks/tables.py, or `goals`, whose PATH is the folder of the records. Where there is no record yet, it says so.
+`sweep_seconds`, `sweep_sizes`, `sweep_trials` or `sweep_workers` (by sweep_scale), `paper_figure`, `paper_claims` or
+`paper_readings` (by paper_figure), one of the tables of benchmarks/tables.py, or `goals`, whose PATH is the folder of
+the records. Where there is no record yet, it says so.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import tables  # noqa: E402
 
-DOCS = ("architecture", "evidence", "int4", "performance", "scale")
+DOCS = ("architecture", "evidence", "int4", "paper", "performance", "scale")
 PAGES = ("README.md", "results/README.md", "benchmarks/README.md", *(f"docs/{name}.md" for name in DOCS))
 TABLE = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -39,6 +40,7 @@ def filled(text: str) -> str:
     kinds |= {"sweep_seconds": sweep_seconds, "sweep_sizes": sweep_sizes}
     kinds |= {"sweep_trials": sweep_trials, "sweep_workers": sweep_workers}
     kinds |= {kind: partial(benchmark, table) for kind, table in tables.TABLES.items()}
+    kinds |= {"paper_figure": paper_figure, "paper_claims": paper_claims, "paper_readings": paper_readings}
     return TABLE.sub(lambda match: f"{match[1]}{kinds[match[2]](ROOT / match[3])}\n{match[4]}", text)
 
 
@@ -181,6 +183,69 @@ def sweep_workers(path: Path) -> str:
     ]
     for size in sorted({row["trials"] for row in rows}):
         lines.append(f"| {size:,} | " + " | ".join(spent[size, crowd] for crowd in crowds) + " |")
+    return "\n".join(lines)
+
+
+NOT_COMPUTED = "*Not computed yet.*"
+
+
+def paper_figure(path: Path) -> str:
+    """The figure beside the record, and the sweeps that it is made of."""
+    if not path.is_file():
+        return NOT_COMPUTED
+    lines = [f"![The paper's figure, computed here](../results/paper/{path.stem}.svg)", ""]
+    for name, sweep in json.loads(path.read_text(encoding="utf-8"))["sweeps"].items():
+        share = sweep["macs"] / sweep["macs_alone"]
+        lines.append(
+            f"- `recipes/{name}.toml`: {sweep['finished']} of {sweep['trials']} trials, {sweep['distinct']:,} stages "
+            f"in place of {sweep['alone']:,}, {100 * share:.0f} % of the multiply-adds of independent trials."
+        )
+        lines += [f"  - Not there: {failure}." for failure in sweep["failures"]]
+    return "\n".join(lines)
+
+
+def paper_claims(path: Path) -> str:
+    """A table of verdicts, and for each claim the sentences with the numbers."""
+    if not path.is_file():
+        return NOT_COMPUTED
+    rows = json.loads(path.read_text(encoding="utf-8"))["claims"]
+    cases = list(dict.fromkeys(_case(finding) for row in rows for finding in row["findings"]))
+    lines = ["| claim | " + " | ".join(cases) + " |", "|---|" + "---|" * len(cases)]
+    for row in rows:
+        verdicts = {_case(finding): finding["verdict"] for finding in row["findings"]}
+        lines.append(f"| {row['claim']} | " + " | ".join(verdicts.get(case, "–") for case in cases) + " |")
+    for number, row in enumerate(rows, 1):
+        lines += ["", f"{number}. **{row['claim']}**"]
+        lines += [f"   - {_case(found)}: **{found['verdict']}.** {found['sentence']}" for found in row["findings"]]
+        lines += [] if row["findings"] else [f"   - {NOT_COMPUTED}"]
+    return "\n".join(lines)
+
+
+def _case(finding: dict[str, object]) -> str:
+    seeds = f"{finding['seeds']} seed" + "s" * (finding["seeds"] != 1)
+    attack = {"autoattack-lite": "AutoAttack-lite"}.get(str(finding["attack"]), "PGD-20")
+    return f"{finding['protocol']}, {attack}, {seeds}"
+
+
+def paper_readings(path: Path) -> str:
+    """How far our networks are from each line of the paper's legend; the nearest of each in bold."""
+    if not path.is_file():
+        return NOT_COMPUTED
+    rows = json.loads(path.read_text(encoding="utf-8"))["readings"]
+    names = [f"{setting} {measure}" for setting in ("standard", "adversarial") for measure in ("clean", "robust")]
+    lines = [
+        "| protocol | compression | base | fine-tuning | levels | " + " | ".join(f"“{n}”" for n in names) + " |",
+        "|---|---|---|---|---:|" + "---:|" * len(names),
+    ]
+    for row in rows:
+        rivals = [r for r in rows if (r["protocol"], r["compression"]) == (row["protocol"], row["compression"])]
+        cells = []
+        for name in names:
+            shown = f"{100 * row[name]:.1f}" if name in row else "–"
+            best = name in row and row[name] == min(rival[name] for rival in rivals if name in rival)
+            cells.append(f"**{shown}**" if best else shown)
+        what = [row["protocol"], row["compression"], row["base"], row["arm"], str(row["levels"])]
+        lines.append("| " + " | ".join([*what, *cells]) + " |")
     return "\n".join(lines)
 
 

@@ -86,7 +86,8 @@ def _row(shop: Shop, made: Arrow, row: str) -> StageRecord:
     cost = {key: value for key, value in cost.items() if key != "sha256"}
     network = made.networks["parent"] if row == "compressed" else network  # trained between steps of pruning, if at all
     trained = shop.result(network) if network.kind != "quantize" else {}
-    measured = shop.result(made.evidence["measure"])
+    timed = made.evidence.get("measure")
+    measured = {"latency": {}, "energy": {}} if timed is None else shop.result(timed)
     energy = measured["energy"].get(row, {})
     notes = list(trained.get("notes", []))
     agreed: AgreementRecord | None = None

@@ -33,6 +33,7 @@ def sweep(
     executor: Literal["serial", "process", "ray"] = "process",
     workers: int = 0,
     address: str = "",
+    set_: Annotated[tuple[str, ...], Parameter(name="--set", show_default=False)] = (),
     out: Path | None = None,
     retry_failed: bool = False,
     dry_run: bool = False,
@@ -50,6 +51,7 @@ def sweep(
         executor: who does the work: this process, processes of this machine, or a Ray cluster (coldforge[ray]).
         workers: trials at a time; 0: the processors divided by the threads of a trial.
         address: of a Ray cluster; without it a local one is started.
+        set_: change a key of the recipe in all trials, such as evaluate.n=100; may be repeated. Axes win.
         out: folder for the records, the table and report.html; default ./sweep-NAME.
         retry_failed: try again what failed before.
         dry_run: only show the trials, what is shared, what is there already and what the rest will take.
@@ -64,7 +66,7 @@ def sweep(
     from coldforge.sweep.plan import plan_of
     from coldforge.sweep.table import load_results, write_tables
 
-    spec = load_sweep(file)
+    spec = load_sweep(file, overrides=set_)
     folder = out or Path(f"sweep-{spec.name}")
     trials = expand(spec)
     workshop = RecipeWorkshop(Store())

@@ -131,10 +131,11 @@ def print_plan(plan: Plan) -> None:
     share = plan.macs / plan.macs_alone if plan.macs_alone else 1.0
     sys.stdout.write(
         f"{total} stages in place of {plan.stages_alone} without sharing; {text.big(plan.macs)} of "
-        f"{text.big(plan.macs_alone)} ({100 * share:.0f} %)\n"
+        f"{text.big(plan.macs_alone)} multiply-adds ({100 * share:.0f} %)\n"
     )
-    for label, count in plan.shared:
-        sys.stdout.write(f"  shared by {count} trials: {label}\n")
+    for label, count, stages in plan.shared:
+        sys.stdout.write(f"  shared by {count} trials{' each' if stages > 1 else ''}: {label}")
+        sys.stdout.write(f" ({stages} stages)\n" if stages > 1 else "\n")
     for trial, why in plan.failed.items():
         sys.stdout.write(f"failed before: {trial}: {why}\n")
     sys.stdout.write(f"{about(plan.seconds_left)} of one worker are left\n")

@@ -61,7 +61,9 @@ def arrow(shop: Shop) -> Arrow:
     evidence["agree"] = stages.agree(shop, twin, files[artifact])
     shown = [row for row in ("tuned: natural", artifact) if row in networks]
     evidence["gallery"] = stages.gallery(shop, {assemble.LABELS[row][1]: networks[row] for row in shown})
-    evidence["measure"] = stages.measure(shop, baseline, {"baseline": files["baseline"], "artifact": files[artifact]})
+    if recipe.deploy.runtimes:
+        timed = {"baseline": files["baseline"], "artifact": files[artifact]}
+        evidence["measure"] = stages.measure(shop, baseline, timed)
     return Arrow(networks, files, evidence, artifact)
 
 

@@ -118,3 +118,21 @@ def test_without_a_working_compiler_training_runs_as_before(broken, monkeypatch)
                 assert not used
     finally:
         kernels._compiles.cache_clear()
+
+
+@needs_compiler
+def test_what_is_compiled_does_not_depend_on_what_came_before() -> None:
+    """torch.compile gives up after some variants, and the next network would train uncompiled, to other bits."""
+    few, many = torch.randn(3), torch.randn(5000)
+    with fused():
+        for x in (few, many):
+            for dtype in (torch.float32, torch.bfloat16):
+                outcome(x.to(dtype), x.to(dtype), 0.1, 0, 8, "clipped")
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for shape in [(2, 3, 4, 4), (64, 1, 28, 28), (63, 5, 14, 14), (64, 128)]:
+                for bits in (1, 4, 16):
+                    for dtype in (torch.float32, torch.bfloat16):
+                        x = torch.randn(shape, dtype=dtype)
+                        outcome(x, x, 0.1, bits, bits, "clipped")
+                        with torch.no_grad():
+                            fake_quantize(x[..., :-1], torch.tensor(0.1), zero=0, qmin=0, qmax=bits, backward="clipped")

@@ -61,6 +61,15 @@ def test_a_live_network_has_no_reference_to_learn_from(recipe, forge_again, tmp_
         forge_again(recipe(changes), Store(tmp_path / "store"), tmp_path / "out")
 
 
-def test_float_epochs_leave_some_for_the_rounding(recipe):
-    with pytest.raises(RecipeError, match=r"finetune\.float_epochs: expected fewer than finetune\.epochs = 2, got 2"):
-        recipe({"finetune.epochs": 2, "finetune.float_epochs": 2})
+def test_a_network_may_be_rounded_after_all_of_its_training(recipe, forge_again, tmp_path):
+    changes = {"finetune.epochs": 2, "finetune.float_epochs": 2, "quantize.weight_bits": 4, "deploy.runtimes": []}
+    store = Store(tmp_path / "store")
+    made = forge_again(recipe(changes), store, tmp_path / "out")
+    tuned, artifact = made.record.stage("tuned"), made.record.stage("artifact")
+    assert [point.epoch for point in tuned.curve] == [1, 2]
+    assert artifact.weight_bits == 4
+    assert artifact.agreement.clean == 1.0
+    assert not any(stage.latency_s for stage in made.record.stages), "no runtime, nothing is timed"
+    assert not (tmp_path / "store" / "stages" / "measure").exists()
+    with pytest.raises(RecipeError, match=r"finetune\.float_epochs: expected at most finetune\.epochs = 2, got 3"):
+        recipe({"finetune.epochs": 2, "finetune.float_epochs": 3})

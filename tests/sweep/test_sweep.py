@@ -91,6 +91,7 @@ def test_ranges_tables_of_keys_grids_and_exclusions():
     grids = [
         {"axes": {"prune.ratio": {"from": 0.1, "to": 0.9, "step": 0.1}}},
         {"axes": {"bits": bits, "prune.ratio": [0.5]}},
+        {"axes": {"prune.importance": ["l2"]}, "set": {"finetune": {"lr": 0.5}}},
     ]
     rules = [{"prune.ratio": [0.7, 0.8]}, {"bits": "low", "seed": 1}]
     trials = expand(spec(axes={}, grid=grids, exclude=rules, set={"finetune.epochs": 7}))
@@ -99,7 +100,27 @@ def test_ranges_tables_of_keys_grids_and_exclusions():
     low = [trial for trial in trials if trial.point.get("bits") == "low"]
     assert [(t.seed, t.recipe.quantize.weight_bits, t.recipe.quantize.activation_bits) for t in low] == [(0, 2, 4)]
     assert all(trial.recipe.finetune.epochs == 7 for trial in trials)
-    assert len(trials) == 7 * 2 + 1, "8/8 bits at 0.5 is in the first grid already"
+    assert all((trial.recipe.finetune.lr == 0.5) == ("prune.importance" in trial.point) for trial in trials)
+    assert len(trials) == 7 * 2 + 1 + 2, "8/8 bits at 0.5 is in the first grid already"
+
+
+def test_keys_may_be_written_without_quotes(tmp_path):
+    text = """
+        recipe = "fashion-mnist"
+        [set]
+        finetune.epochs = 7
+        [axes]
+        bits = [{ label = "low", quantize.weight_bits = 2 }, { label = "high", quantize.weight_bits = 8 }]
+        [[exclude]]
+        quantize.weight_bits = 8
+    """
+    (tmp_path / "x.toml").write_text(text, encoding="utf-8")
+    (trial,) = expand(load_sweep(tmp_path / "x.toml", overrides=["finetune.lr=0.5", "evaluate.n=9"]))
+    finetune = trial.recipe.finetune
+    assert (trial.point["bits"], trial.recipe.quantize.weight_bits, trial.recipe.evaluate.n) == ("low", 2, 9)
+    assert (finetune.epochs, finetune.lr, finetune.batch_size) == (7, 0.5, 64), "the rest is the preset's"
+    with pytest.raises(RecipeError, match="expected key=value"):
+        load_sweep(tmp_path / "x.toml", overrides=["finetune.lr"])
 
 
 def test_names_decide_nothing():
@@ -113,6 +134,10 @@ def test_names_decide_nothing():
         ({"axes": {"prune.ration": [0.1]}}, "unknown key 'prune.ration'; did you mean 'ratio'"),
         ({"axes": {"prune.ratio": [1.5]}}, r"prune\.ratio: expected a part of the channels"),
         ({"exclude": [{"seed": [0, 1]}]}, "every combination is excluded"),
+        (
+            {"exclude": [{"prune.ration": 0.5}]},
+            r"exclude: expected axes, .* 'prune.ration'; did you mean 'prune.ratio'",
+        ),
         ({"set": {"compute.devices": 2}}, r"compute\.devices, .*: expected 1 in a sweep"),
     ],
 )
@@ -160,7 +185,7 @@ def test_shared_stages_are_made_once_and_counted(tmp_path, record):
     assert plan.macs == 2 * 100 + 6 * 10 + 12
     assert plan.macs_alone == TRIALS * 111
     assert plan.seconds_left == pytest.approx(27.2 + 1.2)
-    assert plan.shared[0] == ("base 0", 6)
+    assert plan.shared[0] == ("base 0", 6, 1)
     run(tmp_path, record)
     assert set(made(tmp_path).values()) == {1}
     assert sum(made(tmp_path).values()) == 2 + 6 + 12 + 12

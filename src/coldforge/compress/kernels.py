@@ -68,15 +68,16 @@ def round_to_grid(x: Tensor, step: Tensor, low: float, high: float) -> Tensor:
         low: smallest code less the code of 0.
         high: largest code less the code of 0.
     """
-    x = x.detach()
-    return _shaped(_compiled(_round)(_flat(x, x), step.detach(), *_borders(low, high)), x)
+    with torch.no_grad():
+        return _shaped(_compiled(_round)(_flat(x, x), step.detach(), *_borders(low, high)), x)
 
 
 def gradients(grad: Tensor, x: Tensor, step: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`round_to_grid`: by ``x``, straight through inside the range; by ``step``, as in LSQ."""
-    borders = _borders(low, high)
-    grad_x, grad_step = _compiled(_gradients)(_flat(grad.detach(), x), _flat(x.detach(), x), step.detach(), *borders)
-    return _shaped(grad_x, x), grad_step
+    with torch.no_grad():
+        borders = _borders(low, high)
+        grad_x, grad_step = _compiled(_gradients)(_flat(grad, x), _flat(x, x), step.detach(), *borders)
+        return _shaped(grad_x, x), grad_step
 
 
 @functools.cache
@@ -107,8 +108,12 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 def _flat(x: Tensor, like: Tensor) -> Tensor:
-    """All numbers in the order in which those of ``like`` lie in memory, so that one kernel serves all shapes."""
-    return x.permute(0, 2, 3, 1).reshape(-1) if _is_channels_last(like) else x.reshape(-1)
+    """All numbers in the order in which those of ``like`` lie in memory, so that one kernel serves all shapes.
+
+    ``data`` forgets that it is a view: torch.compile would compile anew for each shape and stride of what it is a view
+    of, and give up after eight of them. Whether a network is trained compiled must not depend on what came before it.
+    """
+    return (x.permute(0, 2, 3, 1).reshape(-1) if _is_channels_last(like) else x.reshape(-1)).data
 
 
 def _shaped(flat: Tensor, like: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Every key has a default, so an empty recipe is a valid one. Unknown keys are ref
 nearest valid one. Numbers may be written as fractions (``eps = "8/255"``).
 """
 
-from coldforge.recipe.files import load_recipe, preset_names, to_toml
+from coldforge.recipe.files import load_recipe, parse_override, preset_names, to_toml
 from coldforge.recipe.specs import (
     ComputeSpec,
     DataSpec,
@@ -34,6 +34,7 @@ __all__ = [
     "ThreatModelSpec",
     "TrainSpec",
     "load_recipe",
+    "parse_override",
     "preset_names",
     "to_toml",
 ]

@@ -42,7 +42,7 @@ def load_recipe(
             _set(table, key, value)
     else:
         for text in overrides:
-            _override(table, text)
+            _set(table, *parse_override(text))
     return _validate(table)
 
 
@@ -64,23 +64,27 @@ def _read(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         raise RecipeError(f"{name} is not valid TOML: {error}") from None
 
 
-def _override(table: dict[str, Any], text: str) -> None:
+def parse_override(text: str) -> tuple[str, object]:
+    """Key and value of a text such as "finetune.epochs=5"; the value is TOML or a bare word.
+
+    Raises:
+        RecipeError: it has another form.
+    """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise RecipeError(f"expected key=value, such as finetune.epochs=5, got {text!r}")
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        parsed = value.strip()
-    _set(table, key, parsed)
+        return key.strip(), value.strip()
 
 
 def _set(table: dict[str, Any], key: str, value: object) -> None:
-    *path, last = key.strip().split(".")
+    *path, last = key.split(".")
     for part in path:
         child = table.setdefault(part, {})
         if not isinstance(child, dict):
-            raise RecipeError(f"{key.strip()}: expected a table at {part!r}, found a value")
+            raise RecipeError(f"{key}: expected a table at {part!r}, found a value")
         table = child
     table[last] = value
 

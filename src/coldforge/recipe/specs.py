@@ -170,7 +170,7 @@ class DeploySpec(Spec):
     arm: Literal["none", "natural", "adversarial"] = "adversarial"
     """The fine-tuning arm that is exported."""
     runtimes: tuple[Literal["onnxruntime", "openvino"], ...] = ("onnxruntime",)
-    """Runtimes whose latency is measured."""
+    """Runtimes whose latency is measured; [] measures neither latency nor energy."""
     reduce_range: bool = False
     """7-bit weights, for CPUs without VNNI whose 16-bit accumulators saturate. See `coldforge doctor`."""
 

@@ -75,7 +75,8 @@ class FinetuneSpec(TrainSpec):
     attack: str = "pgd-2"
     """Inner attack of the adversarial arm: fgsm-rs, n-fgsm, fgsm-reuse, or pgd-K such as pgd-7."""
     float_epochs: int = Field(default=0, ge=0)
-    """So many of the epochs come first, in floating point and with BatchNorm, before the network is rounded."""
+    """So many of the epochs come first, in floating point and with BatchNorm, before the network is rounded; all of
+    them: it is only rounded, and not trained through its rounding."""
     float_lr: Number = Field(default=0.0, ge=0)
     """Peak learning rate of these; 0: lr."""
     lr: Number = Field(default=0.03, gt=0)
@@ -93,10 +94,9 @@ class FinetuneSpec(TrainSpec):
             raise ValueError(
                 'finetune.objective is that of the adversarial arm; expected finetune.arms = ["natural"] instead'
             )
-        if self.float_epochs >= self.epochs:
+        if self.float_epochs > self.epochs:
             raise ValueError(
-                f"finetune.float_epochs: expected fewer than finetune.epochs = {self.epochs}, got {self.float_epochs}: "
-                "the network must be trained through its rounding, too"
+                f"finetune.float_epochs: expected at most finetune.epochs = {self.epochs}, got {self.float_epochs}"
             )
         return self
 

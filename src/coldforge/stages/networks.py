@@ -167,7 +167,7 @@ def finetune(shop: Shop, parent: Stage, compressed: Stage, arm: str, *, teacher:
     """Train the compressed network, through its rounding, on natural or on adversarial images.
 
     The first ``finetune.float_epochs`` train the float ``parent`` with its BatchNorm, which is rounded then: folded
-    BatchNorm makes weights large and high learning rates impossible.
+    BatchNorm makes weights large and high learning rates impossible. Where these are all, nothing follows the rounding.
     """
     whole = shop.recipe.finetune
     spec = TrainSpec.model_construct(**{name: getattr(whole, name) for name in TrainSpec.model_fields})
@@ -179,6 +179,7 @@ def finetune(shop: Shop, parent: Stage, compressed: Stage, arm: str, *, teacher:
     first = {"epochs": whole.float_epochs, "lr": whole.float_lr or whole.lr, "bits_ramp": 0.0}
     in_float = spec.model_copy(update=first) if whole.float_epochs else None
     rounded_spec = spec.model_copy(update={"eps_ramp": 0.0}) if in_float else spec  # the network is robust already
+    parts = [part for part in (in_float, rounded_spec) if part is not None and part.epochs]
     teaches = teacher if spec.objective == "distill" else None
     quantization, beyond = _quantization(shop), _beyond_box(shop)
 
@@ -194,11 +195,12 @@ def finetune(shop: Shop, parent: Stage, compressed: Stage, arm: str, *, teacher:
             return quantize_network(network, quantization, images, beyond_box=beyond)
 
         start, _ = shop.network(parent)
-        specs = [in_float, rounded_spec]
-        _train_into(shop, folder, start, structure, specs, report, teacher=taught_by, between=round_it)
+        if len(parts) == 1:
+            _train_into(shop, folder, start, structure, parts, report, teacher=taught_by, finish=round_it)
+        else:
+            _train_into(shop, folder, start, structure, parts, report, teacher=taught_by, between=round_it)
 
     reads = [compressed, *([parent] if in_float else []), *([teaches] if teaches else [])]
-    parts = [in_float, rounded_spec] if in_float else [rounded_spec]
     cost = sum(_training_macs(shop, part, shop.small_macs()) for part in parts)
     return shop.declare(
         "finetune",

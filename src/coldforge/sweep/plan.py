@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from coldforge.errors import UsageError
 from coldforge.sweep.graph import counts_by_kind
 from coldforge.sweep.run import ADDED, SWEEP, State
 from coldforge.sweep.spec import SweepSpec, Trial, expand
+
+_MOST_SHARED = 8
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ class Plan:
     """Multiply-adds without sharing."""
     seconds_left: float
     """Of one worker, from the measured throughput."""
-    shared: tuple[tuple[str, int], ...]
-    """The stages that most trials share: label, number of trials."""
+    shared: tuple[tuple[str, int, int], ...]
+    """The stages that most trials share: label, number of trials, and how many stages of that label they share so."""
 
     def to_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -46,7 +49,8 @@ def plan_of(state: State, macs_per_second: float) -> Plan:
     for keys in graph.needed:
         for key in keys:
             uses[key] = uses.get(key, 0) + 1
-    most = sorted(uses, key=lambda key: -uses[key])[:8]  # stable: in the order of the arrow
+    alike = Counter((graph.tasks[key].label, count) for key, count in uses.items() if count > 1)
+    most = sorted(alike, key=lambda pair: -pair[1])[:_MOST_SHARED]  # stable: in the order of the arrow
     left = [task for key, task in graph.tasks.items() if key not in state.done]
     return Plan(
         name=state.spec.name,
@@ -58,7 +62,7 @@ def plan_of(state: State, macs_per_second: float) -> Plan:
         macs=graph.macs,
         macs_alone=graph.macs_alone,
         seconds_left=sum(task.macs / macs_per_second + task.seconds for task in left),
-        shared=tuple((graph.tasks[key].label, uses[key]) for key in most if uses[key] > 1),
+        shared=tuple((label, count, alike[label, count]) for label, count in most),
     )
 
 

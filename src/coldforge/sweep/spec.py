@@ -11,6 +11,7 @@ axes."prune.ratio" = { from = 0.1, to = 0.9, step = 0.1 }
 axes."finetune.arms" = [["natural"], ["adversarial"]]
 
 [[grid]]
+set."finetune.float_epochs" = 1         # the same in all trials of this grid
 axes.bits = [                           # an axis may set several keys at once
     { label = "8", "quantize.weight_bits" = 8, "quantize.activation_bits" = 8 },
     { label = "4", "quantize.weight_bits" = 4, "quantize.activation_bits" = 4 },
@@ -33,8 +34,8 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from coldforge.errors import RecipeError
-from coldforge.recipe import Recipe, load_recipe
+from coldforge.errors import RecipeError, nearest
+from coldforge.recipe import Recipe, load_recipe, parse_override
 from coldforge.spec import Spec, spec_hash
 
 _NAMES = {"name", "description"}
@@ -49,6 +50,13 @@ class Grid(Spec):
     axes: dict[str, tuple[Any, ...]]
     """Axis to values. An axis is a key of the recipe, or any name whose values are tables of keys; of a table the key
     ``label`` names the value."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Changes of the recipe that the trials of this grid share."""
+
+    @field_validator("set", mode="after")
+    @classmethod
+    def _dotted(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return _flat(value)
 
     @field_validator("axes", mode="before")
     @classmethod
@@ -77,6 +85,16 @@ class SweepSpec(Spec):
     """One or more grids."""
     exclude: tuple[dict[str, Any], ...] = ()
     """Tables of settings; a trial that matches all of one is left out. A list matches any of its values."""
+
+    @field_validator("set", mode="after")
+    @classmethod
+    def _dotted(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return _flat(value)
+
+    @field_validator("exclude", mode="after")
+    @classmethod
+    def _dotted_rules(cls, value: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        return tuple(map(_flat, value))
 
     @property
     def grids(self) -> tuple[Grid, ...]:
@@ -109,8 +127,12 @@ def say(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def load_sweep(path: str | Path) -> SweepSpec:
+def load_sweep(path: str | Path, *, overrides: Iterable[str] = ()) -> SweepSpec:
     """Read a sweep file.
+
+    Args:
+        path: a TOML file.
+        overrides: texts such as ``"finetune.epochs=5"``, added to ``[set]``; axes and seeds stay as they are.
 
     Raises:
         RecipeError: it is missing, is no TOML, or has a key or value that is not known.
@@ -126,6 +148,8 @@ def load_sweep(path: str | Path) -> SweepSpec:
     recipe = table.get("recipe")
     if isinstance(recipe, str) and (path.parent / recipe).is_file():
         table["recipe"] = str(path.parent / recipe)
+    if changes := dict(map(parse_override, overrides)):
+        table["set"] = {**table.get("set", {}), **changes}
     try:
         return SweepSpec.model_validate(table)
     except ValidationError as error:
@@ -143,10 +167,13 @@ def expand(spec: SweepSpec) -> list[Trial]:
     base = load_recipe(spec.recipe, overrides=spec.set).model_dump(mode="json")
     base |= {"name": spec.name, "compute": {**base["compute"], "threads": spec.threads}}
     trials: dict[str, Trial] = {}
+    known = {"seed"}
     parts: dict[tuple[str, object], object] = {}
     for grid in spec.grids:
         for choice in product(*grid.axes.values()):
             point, settings = _settings(dict(zip(grid.axes, choice, strict=True)))
+            settings = {**grid.set, **settings}
+            known |= {*point, *settings}
             for seed in spec.seeds:
                 everything = {**point, **settings, "seed": seed}
                 if any(_matches(everything, rule) for rule in spec.exclude):
@@ -162,6 +189,11 @@ def expand(spec: SweepSpec) -> list[Trial]:
                 name = spec_hash(decides)[:12]
                 if name not in trials:
                     trials[name] = Trial(name, point, seed, _sharing(recipe, parts))
+    if strange := sorted({key for rule in spec.exclude for key in rule} - known):
+        raise RecipeError(
+            f"exclude: expected axes, keys that an axis sets, or seed, got {strange[0]!r}; "
+            f"{nearest(strange[0], sorted(known))}"
+        )
     if not trials:
         raise RecipeError("the sweep has no trials: every combination is excluded")
     return list(trials.values())
@@ -178,12 +210,20 @@ def _settings(choice: Mapping[str, object]) -> tuple[dict[str, object], dict[str
     settings: dict[str, object] = {}
     for axis, value in choice.items():
         if isinstance(value, Mapping):
-            keys = {str(key): item for key, item in value.items() if key != "label"}
+            keys = {key: item for key, item in _flat(value).items() if key != "label"}
             point[axis] = value.get("label") or " ".join(f"{key}={say(item)}" for key, item in keys.items())
             settings |= keys
         else:
             point[axis] = settings[axis] = value
     return point, settings
+
+
+def _flat(table: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+    """Tables in tables as dotted keys: TOML reads ``finetune.epochs = 3`` without quotes as a table ``finetune``."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= _flat(value, f"{within}{key}.") if isinstance(value, Mapping) else {f"{within}{key}": value}
+    return found
 
 
 def _matches(everything: Mapping[str, object], rule: Mapping[str, object]) -> bool:

@@ -1,0 +1,191 @@
+"""What the sweeps of the paper's figure found, as one small table, and the values read off the paper.
+
+A point is one network: how it was compressed, from which base, how it was fine-tuned, and what it reached. Fine-tuned
+adversarially it is the file that was exported; its verdicts are the file's.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from coldforge.errors import UsageError
+from coldforge.records import load_record
+from coldforge.sweep.table import Row, Sweep, load_results
+
+Compression = Literal["none", "pruning", "quantization"]
+PAPER = Path(__file__).resolve().parent.parent / "results" / "paper"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One network under one attack; fractions, not per cent."""
+
+    data: str
+    protocol: Literal["corrected", "literal"]
+    attack: str
+    compression: Compression
+    level: float
+    """Part of the channels removed, or bits; 0 for a dense network."""
+    base: Literal["natural", "adversarial"]
+    """How the network was trained before it was compressed."""
+    arm: Literal["dense", "none", "natural", "adversarial"]
+    """How it was fine-tuned; "dense": the base itself."""
+    seed: int
+    clean: float
+    n: int
+    robust: float
+    n_attacked: int
+    masking: str
+    params: int
+    macs: int
+    packed_bytes: int
+    train_macs: float
+    """Multiply-adds of the training that made it from the network before."""
+
+    @property
+    def case(self) -> tuple[str, str, str]:
+        """Data, protocol and attack: points that may be compared."""
+        return self.data, self.protocol, self.attack
+
+
+def points_of(sweep: Sweep) -> list[Point]:
+    """All networks of the trials that are finished, each once.
+
+    Raises:
+        UsageError: no trial is finished, or the sweep has no axis "base".
+    """
+    if not sweep.finished:
+        raise UsageError(f"{sweep.folder}: no trial is finished yet; run `coldforge sweep` again")
+    if "base" not in sweep.axes:
+        raise UsageError(f"{sweep.folder}: expected a sweep with the axis base, got {', '.join(sweep.axes)}")
+    recipe = load_record(sweep.folder / "records" / f"{sweep.finished[0]}.json").recipe
+    source, attacks = recipe["data"]["source"], recipe["evaluate"]["attacks"]  # type: ignore[index]
+    data = "cifar10" if source.startswith("cifar10") else "fashion-mnist"
+    trials: dict[str, list[Row]] = {}
+    for row in sweep.rows:
+        trials.setdefault(row["trial"], []).append(row)
+    found = [point for rows in trials.values() for point in _points_of_trial(rows, data, attacks[-1])]
+    return list(dict.fromkeys(found))
+
+
+def _points_of_trial(rows: Sequence[Row], data: str, attack: str) -> Iterable[Point]:
+    small = next(row for row in rows if row["name"] == "compressed")
+    pruned, bits = small["pruning_ratio:requested"], small["weight_bits"]
+    compression: Compression = "quantization" if bits < 32 else "pruning"
+    level = bits if bits < 32 else pruned
+    for row in rows:
+        match row["name"]:
+            case "baseline":
+                yield _point(row, row, data, attack, "none", 0.0, "dense")
+            case "compressed":
+                yield _point(row, row, data, attack, compression, level, "none")
+            case "tuned" if not row["exported"]:
+                yield _point(row, row, data, attack, compression, level, "natural")
+            case "artifact":
+                tuned = next(other for other in rows if other["exported"])
+                yield _point(row, tuned, data, attack, compression, level, "adversarial")
+
+
+def _point(row: Row, trained: Row, data: str, attack: str, compression: Compression, level: float, arm: str) -> Point:
+    return Point(
+        data,
+        "corrected" if row["threat_model:box"] else "literal",
+        attack,
+        compression,
+        float(level),
+        row["base"],
+        arm,  # type: ignore[arg-type]
+        row["seed"],
+        row["clean_accuracy"],
+        row["n"],
+        row["robust:worst_case"],
+        row["n_attacked"],
+        row["masking"],
+        row["params"],
+        row["macs"],
+        row["packed_bytes"],
+        trained["train_macs"],
+    )
+
+
+def read_sweeps(folders: Iterable[Path]) -> tuple[list[Point], dict[str, dict[str, object]]]:
+    """The points of some sweeps; and of each sweep how far it is and what sharing saved."""
+    points, told = [], {}
+    for folder in folders:
+        sweep = load_results(folder)
+        found = points_of(sweep)
+        points += found
+        told[sweep.name] = {
+            "data": found[0].data,
+            "trials": sweep.trials,
+            "finished": len(sweep.finished),
+            "failures": [
+                f"{', '.join(sweep.labels[trial] for trial in failure.trials)}: {failure.label}: {failure.error}"
+                for failure in sweep.failures
+            ],
+            **sweep.stages,
+        }
+    return points, told
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def load_points(path: Path) -> list[Point]:
+    """The table that :func:`save_points` wrote; none where there is none."""
+    if not path.is_file():
+        return []
+    kinds = {"float": float, "int": int}
+    with path.open(encoding="utf-8", newline="") as file:
+        return [
+            Point(**{field.name: kinds.get(str(field.type), str)(row[field.name]) for field in fields(Point)})
+            for row in csv.DictReader(file)
+        ]
+
+
+def save_points(points: Iterable[Point], path: Path) -> None:
+    """Write the table, sorted."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([field.name for field in fields(Point)])
+        writer.writerows(sorted(map(astuple, points)))
+
+
+def merged(old: Iterable[Point], new: Sequence[Point]) -> list[Point]:
+    """All points; new ones take the place of all old ones of their data, protocol and attack."""
+    replaced = {point.case for point in new}
+    return [point for point in old if point.case not in replaced] + list(new)
+
+
+@dataclass(frozen=True)
+class Read:
+    """One value read off the paper's figure."""
+
+    data: str
+    compression: Compression
+    level: float
+    setting: Literal["standard", "adversarial"]
+    """As in its legend."""
+    measure: Literal["clean", "robust"]
+    value: float
+
+
+def load_paper(path: Path = PAPER / "figure1.csv") -> list[Read]:
+    """The values read off Figure 1 of arXiv 2403.09441; the head of the file tells how."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    return [
+        Read(
+            row["data"],
+            "quantization" if row["compression"] == "ptq" else "pruning",
+            float(row["level"].removeprefix("int")),
+            row["setting"],  # type: ignore[arg-type]
+            row["measure"],  # type: ignore[arg-type]
+            float(row["value"]),
+        )
+        for row in rows
+    ]
