@@ -26,6 +26,7 @@ from peers import NETWORKS, NOTES, Helped, Outcome, Task, compare, default_batch
 from turns import Record, arguments_of, chosen, in_turns, median_ratio
 
 from coldforge.models import channels_last
+from coldforge.provenance import cpu_model
 
 RIVALS = {"pgd-20": ("torchattacks", "art", "foolbox"), "autoattack": ("reference",)}
 """Attack: peers that do the same work."""
@@ -100,23 +101,24 @@ def verdicts(record: dict[str, Any]) -> list[str]:
                 ours = {"fp32": row["slower_than_ours"], "bf16 search": row["slower_than_ours_bf16"]}
                 found = (f"{how} {times:.2f}: {'met' if times >= goal else 'NOT MET'}" for how, times in ours.items())
                 who = f"{row['version']} as its users run it"
-                lines.append(f"{run['network']} {run['attack']}, {goal:g} times faster than {who}: {', '.join(found)}")
+                what = f"{run['cpu']}: {run['network']} {run['attack']}"
+                lines.append(f"{what}, {goal:g} times faster than {who}: {', '.join(found)}")
     return lines
 
 
 def table(record: dict[str, Any]) -> str:
     """The record as Markdown."""
     lines = [
-        "| network | attack | who | how | batch | seconds | times ours | times ours, bf16 | stand % | passes an image "
-        "| gradients an image | note |",
-        "|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
+        "| processor | network | attack | who | how | batch | seconds | times ours | times ours, bf16 | stand % "
+        "| passes an image | gradients an image | note |",
+        "|---|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for run in record["runs"]:
         for row in run["rows"]:
             n = run["n"]
             lines.append(
-                f"| {run['network']} | {run['attack']} | {row['version']} | {row['how']} | {row['batch']} "
-                f"| {row['median_s']:.2f} | {row['slower_than_ours']:.2f} | {row['slower_than_ours_bf16']:.2f} "
+                f"| {run['cpu']} | {run['network']} | {run['attack']} | {row['version']} | {row['how']} "
+                f"| {row['batch']} | {row['median_s']:.2f} | {row['slower_than_ours']:.2f} | {row['slower_than_ours_bf16']:.2f} "
                 f"| {100 * row['robust']:.1f} | {row['forward_images'] / n:.0f} | {row['gradient_images'] / n:.0f} "
                 f"| {row['note']} |"
             )
@@ -134,18 +136,18 @@ def main() -> None:
     parser.add_argument("--reference", default="", help="folder with a clone of fra31/auto-attack")
     arguments = arguments_of(parser, "results/attacks_speed.json", table)
     networks, attacks, rivals = chosen(arguments.only, NETWORKS, RIVALS, sum(RIVALS.values(), ()))
-    record = Record(arguments.out, "network", "attack")
+    record, cpu = Record(arguments.out, "cpu", "network", "attack"), cpu_model()
     for network in networks:
         task = load_task(network, 2 * arguments.n + 100).only_right(arguments.n)
         for attack in attacks:
-            if arguments.missing and record.has(network, attack):
+            if arguments.missing and record.has(cpu, network, attack):
                 continue
             whos = [who for who in RIVALS[attack] if who in rivals]
             if attack == "pgd-20":
                 race(task, attack, whos, 1, arguments.reference)
             repeats = arguments.repeats if attack == "pgd-20" else arguments.ensemble_repeats
             rows = race(task, attack, whos, repeats, arguments.reference)
-            record.keep({"network": network, "attack": attack, "n": len(task.labels), "rows": rows})
+            record.keep({"cpu": cpu, "network": network, "attack": attack, "n": len(task.labels), "rows": rows})
     print(table(record.content))
 
 

@@ -92,12 +92,13 @@ def attack_parity(path: Path) -> str:
 
 def attack_speed(path: Path) -> str:
     """Seconds of everybody on the same images, and how many times longer than ours."""
-    lines = ["| network | attack | who | how | seconds | times ours | stand % |", "|---|---|---|---|---:|---:|---:|"]
+    lines = ["| processor | network | attack | who | how | seconds | times ours | stand % |"]
+    lines += ["|---|---|---|---|---|---:|---:|---:|"]
     for run in json.loads(path.read_text(encoding="utf-8"))["runs"]:
         for row in run["rows"]:
             lines.append(
-                f"| {run['network']} ({run['n']} images) | {run['attack']} | {row['version']} | {row['how']} "
-                f"| {row['median_s']:.1f} | {row['slower_than_ours_bf16']:.2f} | {100 * row['robust']:.1f} |"
+                f"| {run['cpu']} | {run['network']} ({run['n']} images) | {run['attack']} "
+                f"| {row['version']} | {row['how']} | {row['median_s']:.1f} | {row['slower_than_ours_bf16']:.2f} | {100 * row['robust']:.1f} |"
             )
     return "\n".join(lines)
 

@@ -28,7 +28,7 @@ of 0, and "pass_through" (BPDA) one that the forward pass does not have; a netwo
 TRANSFER = "transfer"
 """Name in the ledger of the images found on other networks."""
 _TRANSFER_ATTACK = "pgd-20"
-_VERIFY_TILE = 8
+_VERIFY_TILE = 2
 """Images in one pass of the verifier: few are asked about at a time."""
 _SAME_ANSWERS = 0.95
 """A fast copy that answers fewer images like the network is no copy, and is not used."""
