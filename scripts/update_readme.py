@@ -98,7 +98,8 @@ def attack_speed(path: Path) -> str:
         for row in run["rows"]:
             lines.append(
                 f"| {run['cpu']} | {run['network']} ({run['n']} images) | {run['attack']} "
-                f"| {row['version']} | {row['how']} | {row['median_s']:.1f} | {row['slower_than_ours_bf16']:.2f} | {100 * row['robust']:.1f} |"
+                f"| {row['version']} | {row['how']} | {row['median_s']:.1f} "
+                f"| {row['slower_than_ours_bf16']:.2f} | {100 * row['robust']:.1f} |"
             )
     return "\n".join(lines)
 
