@@ -119,7 +119,8 @@ def table(record: dict[str, Any]) -> str:
             lines.append(
                 f"| {run['cpu']} | {run['network']} | {run['attack']} | {row['version']} | {row['how']} "
                 f"| {row['batch']} | {row['median_s']:.2f} "
-                f"| {row['slower_than_ours']:.2f} | {row['slower_than_ours_bf16']:.2f} | {100 * row['robust']:.1f} | {row['forward_images'] / n:.0f} | {row['gradient_images'] / n:.0f} "
+                f"| {row['slower_than_ours']:.2f} | {row['slower_than_ours_bf16']:.2f} | {100 * row['robust']:.1f} "
+                f"| {row['forward_images'] / n:.0f} | {row['gradient_images'] / n:.0f} "
                 f"| {row['note']} |"
             )
     runs = {(run["n"], run["threads"], run["provenance"]["hardware"]["cpu"]) for run in record["runs"]}
