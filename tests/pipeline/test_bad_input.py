@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -285,6 +286,7 @@ def test_ctrl_c_says_how_to_continue(tmp_path):
             cwd=tmp_path,
             stdout=subprocess.DEVNULL,
             stderr=said,
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
         )
         try:
             deadline = time.monotonic() + 60

@@ -55,12 +55,12 @@ def interrupted(folder, moments, *arguments, **keywords):
     return train(*arguments, folder=folder, **keywords), stops
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "sgd"), ("bf16", "sgd"), ("fp32", "muon")])
 @pytest.mark.parametrize("objective", ["natural", "adversarial"])
 @pytest.mark.parametrize("kind", ["float", "batchnorm", "quantized"])
-def test_stopped_and_continued(kind, objective, precision, build, augmented, threat, tmp_path, monkeypatch):
+def test_stopped_and_continued(kind, objective, precision, optimizer, build, augmented, threat, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "refuse_collapse", lambda *_: None)  # so few steps may end anywhere
-    spec = TrainSpec(epochs=3, batch_size=12, lr=0.02, objective=objective, attack="pgd-2")
+    spec = TrainSpec(epochs=3, batch_size=12, lr=0.02, objective=objective, attack="pgd-2", optimizer=optimizer)
     arguments = (build(kind), augmented, spec, threat)
     undisturbed = train(*arguments, seed=3, precision=precision)
     draw = random.Random(f"{kind} {objective} {precision}")

@@ -38,6 +38,7 @@ from coldforge.train.batchnorm import whole_batch
 from coldforge.train.checkpoint import Shelf, TrainState
 from coldforge.train.guard import Collapse, NotFinite, Overfitting, monitor, refuse_collapse
 from coldforge.train.objective import Objective, Teacher
+from coldforge.train.muon import Muon, macs_of_a_step
 from coldforge.train.optimizer import make_fabric, parameter_groups, quantizer_steps
 from coldforge.train.schedule import bits_now, learning_rate, ramped_eps
 from coldforge.train.weights import Averaged, copies, perturbed
@@ -48,6 +49,7 @@ RETRY_FACTOR = 1 / 3
 STEP_RANGE = 10.0
 """A learned quantizer step stays within this factor of its calibrated value."""
 _INT8 = 127
+OPTIMIZERS = {"sgd": torch.optim.SGD, "muon": Muon}
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class TrainResult:
     seconds: float
     macs: float
     """Multiply-adds spent: 3 per image and pass of training (forward, two backward), 2 per step of the inner attack;
-    the passes of a teacher included."""
+    the passes of a teacher and the arithmetic of Muon included."""
     notes: tuple[str, ...]
 
 
@@ -193,7 +195,7 @@ class _Attempt:
         self._total = self._per_epoch * spec.epochs
         self._fabric = make_fabric(precision)
         self._network = channels_last(copy.deepcopy(model))
-        optimizer = torch.optim.SGD(
+        optimizer = OPTIMIZERS[spec.optimizer](
             parameter_groups(self._network, spec.weight_decay),
             lr=spec.lr,
             momentum=spec.momentum,
@@ -203,6 +205,7 @@ class _Attempt:
         self._objective = Objective(spec, self._taught_by(teacher))
         passes = self._objective.passes(self._inner.steps if self._inner else 0)
         self._image_macs = passes * count_macs(self._network, data.image_shape)
+        self._step_macs = macs_of_a_step(self._network.parameters()) if spec.optimizer == "muon" else 0
         if self._objective.teacher is not None and self._objective.teacher.asks:
             assert teacher is not None
             self._image_macs += count_macs(teacher, data.image_shape)
@@ -305,7 +308,7 @@ class _Attempt:
                 learned.clamp_(start / STEP_RANGE, start * STEP_RANGE)
         if self._averaged is not None:
             self._averaged.update(network, step)
-        self.macs += float(len(batch) * self._image_macs)
+        self.macs += float(len(batch) * self._image_macs + self._step_macs)
         value = float(total)
         if not math.isfinite(value):
             raise NotFinite(f"the loss is not finite at step {step}")

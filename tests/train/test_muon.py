@@ -1,0 +1,114 @@
+"""Muon: the orthogonal step against the SVD, what it leaves to SGD, and what it must not move."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from coldforge.recipe import TrainSpec
+from coldforge.train import train
+from coldforge.train.muon import Muon, macs_of_a_step, orthogonal
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 24), st.integers(1, 24), st.floats(1e-3, 1e3), st.integers(0, 999))
+def test_orthogonal_is_near_the_polar_factor(rows, columns, scale, seed):
+    generator = torch.Generator().manual_seed(seed)
+    k = min(rows, columns)
+    u, _ = torch.linalg.qr(torch.randn(rows, k, generator=generator))
+    v, _ = torch.linalg.qr(torch.randn(columns, k, generator=generator))
+    values = 10 ** torch.empty(k).uniform_(-2, 0, generator=generator)
+    values[0] = 1
+    found = orthogonal(scale * (u * values) @ v.T)
+    assert found.shape == (rows, columns)
+    turned = u.T @ found @ v  # diagonal if the singular vectors stayed
+    diagonal = turned.diagonal()
+    assert (turned - diagonal.diag()).abs().max() < 1e-3
+    assert diagonal.min() > 0.5
+    assert diagonal.max() < 1.3
+
+
+def test_of_nothing_nothing():
+    assert torch.equal(orthogonal(torch.zeros(3, 5)), torch.zeros(3, 5))
+
+
+@pytest.fixture
+def layers():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+
+
+def stepped(layers, optimizer, times=3, **options):
+    groups = [{"params": list(layers.parameters())}]
+    optimizer = optimizer(groups, lr=0.1, momentum=0.9, nesterov=True, **options)
+    for index in range(times):
+        optimizer.zero_grad()
+        generator = torch.Generator().manual_seed(index)
+        for parameter in layers.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    return {name: parameter.detach().clone() for name, parameter in layers.named_parameters()}
+
+
+def test_what_is_no_convolution_is_left_to_sgd(layers):
+    start = {name: tensor.clone() for name, tensor in layers.state_dict().items()}
+    by_muon = stepped(layers, Muon, weight_decay=0.1)
+    layers.load_state_dict(start)
+    by_sgd = stepped(layers, torch.optim.SGD, weight_decay=0.1)
+    assert set(by_muon) == {"0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"}
+    for name in set(by_muon) - {"0.weight"}:
+        assert torch.equal(by_muon[name], by_sgd[name]), name
+    assert not torch.allclose(by_muon["0.weight"], by_sgd["0.weight"])
+
+
+def test_a_step_turns_filters_by_lr_and_keeps_their_norm(layers):
+    before = layers[0].weight.detach().clone()
+    after = stepped(layers, Muon, times=1)["0.weight"]
+    assert after.norm() == pytest.approx(float(before.norm()), rel=1e-5)
+    assert (after - before).norm() / before.norm() == pytest.approx(0.1, rel=0.15)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_the_scale_of_a_gradient_does_not_matter(scale):
+    torch.manual_seed(0)
+    gradient, start = torch.randn(4, 3, 3, 3), torch.randn(4, 3, 3, 3)
+    found = []
+    for factor in (1.0, scale):
+        weight = nn.Parameter(start.clone())
+        weight.grad = gradient * factor
+        Muon([weight], lr=0.1, momentum=0.9, nesterov=True).step()
+        found.append(weight.detach())
+    assert torch.allclose(*found, atol=1e-4)
+
+
+def test_a_step_goes_downhill():
+    torch.manual_seed(0)
+    target = torch.randn(6, 2, 3, 3)
+    weight = nn.Parameter(torch.randn(6, 2, 3, 3))
+    optimizer = Muon([weight], lr=0.1, momentum=0.5, nesterov=True)
+    cosines = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        cosine = nn.functional.cosine_similarity(weight.flatten(), target.flatten(), 0)
+        (-cosine).backward()
+        cosines.append(float(cosine.detach()))
+        optimizer.step()
+    assert cosines[0] < 0.3
+    assert cosines[-1] > 0.9
+
+
+def test_its_arithmetic_is_counted(build, splits, threat):
+    network = build("float")
+    each = macs_of_a_step(network.parameters())
+    shapes = [(len(p), p[0].numel()) for p in network.parameters() if p.ndim == 4]
+    assert shapes
+    by_hand = 0
+    for rows, columns in shapes:
+        short, long = min(rows, columns), max(rows, columns)
+        square, cube, product = short * long * short, short**3, short * short * long
+        by_hand += 5 * (square + cube + product)
+    assert each == by_hand
+    spec = {"epochs": 1, "batch_size": 33, "lr": 0.01}
+    plain = train(network, splits, TrainSpec(**spec), threat).macs
+    assert train(network, splits, TrainSpec(optimizer="muon", **spec), threat).macs == plain + 2 * each
