@@ -172,7 +172,8 @@ def test_perturbed_weights_are_worse_by_their_measure_and_come_back(kind, build,
     images, labels = splits.train.pixels(), splits.train.labels
     before = copy.deepcopy(network.state_dict())
     loss = F.cross_entropy(network(images), labels)
-    with perturbed(network, loss, 0.01, World()):
+    loss.backward()
+    with perturbed(network, 0.01, World()):
         worse = F.cross_entropy(network(images), labels)
         for name, module in network.named_modules():
             if isinstance(module, QuantizedLayer):
@@ -185,9 +186,11 @@ def test_perturbed_weights_are_worse_by_their_measure_and_come_back(kind, build,
     assert all(module.offset is None for module in network.modules() if isinstance(module, QuantizedLayer))
 
 
-def test_training_under_perturbed_weights_learns(build, splits, threat):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_under_perturbed_weights_learns(precision, build, splits, threat):
     spec = spec_of("adversarial", epochs=6, batch_size=8, awp=0.005, attack="fgsm-rs")
-    assert robust(train(build("quantized"), splits, spec, threat).model, splits.test, threat) > 0.75
+    trained = train(build("quantized"), splits, spec, threat, precision=precision).model
+    assert robust(trained, splits.test, threat) > 0.75
 
 
 # --- few bits

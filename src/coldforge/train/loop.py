@@ -293,12 +293,11 @@ class _Attempt:
             torch.manual_seed(seed_of(self._seed, "forward", step, *self._world.apart))  # for dropout
             loss = self._objective.loss(self._wrapped, images, attacked, targets) * part
             self._optimizer.zero_grad(set_to_none=True)
+            self._fabric.backward(loss)
             if spec.awp and attacked is not None:
-                with perturbed(network, loss, spec.awp, self._world):
+                with perturbed(network, spec.awp, self._world):
                     worse = self._objective.loss(self._wrapped, images, attacked, targets) * part
                     self._fabric.backward(worse)
-            else:
-                self._fabric.backward(loss)
         total = loss.detach().clone()
         self._world.add_up([total, *(p.grad for p in network.parameters() if p.grad is not None)])
         self._optimizer.step()

@@ -45,9 +45,9 @@ class Averaged:
 
 
 @contextmanager
-def perturbed(network: nn.Module, loss: Tensor, gamma: float, world: World) -> Iterator[None]:
-    """Inside, each layer's weights are moved by ``gamma`` times their norm along the gradient of ``loss``, summed over
-    the processes of ``world``.
+def perturbed(network: nn.Module, gamma: float, world: World) -> Iterator[None]:
+    """Inside, each layer's weights are moved by ``gamma`` times their norm along their gradient, summed over the
+    processes of ``world``. The gradients are used up.
 
     Adversarial weight perturbation: Wu, Xia, Wang, NeurIPS 2020 (arXiv 2004.05884), eq. 10. Where weights are
     quantized, the rounded weights are moved, not those behind the rounding, which could swallow the move or multiply
@@ -56,13 +56,13 @@ def perturbed(network: nn.Module, loss: Tensor, gamma: float, world: World) -> I
     """
     layers = [module for module in network.modules() if isinstance(module, QuantizedLayer)]
     ours = {id(layer.weight): layer for layer in layers}
-    weights = [p for p in network.parameters() if p.requires_grad and p.ndim > 1]
-    gradients = torch.autograd.grad(loss, weights)
-    world.add_up(gradients)
+    graded = [(p, p.grad) for p in network.parameters() if p.grad is not None and p.ndim > 1]
+    world.add_up([gradient for _, gradient in graded])
+    network.zero_grad(set_to_none=True)
     moved: list[tuple[nn.Parameter, Tensor]] = []
     try:
         with torch.no_grad():
-            for weight, gradient in zip(weights, gradients, strict=True):
+            for weight, gradient in graded:
                 length = gamma * weight.norm() / gradient.norm().clamp_min(1e-12)
                 offset = gradient * length
                 if id(weight) in ours:
