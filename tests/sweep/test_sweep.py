@@ -12,14 +12,16 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from toy import ToyWorkshop
 
 from coldforge.errors import RecipeError, UsageError
 from coldforge.records import Record, load_record
-from coldforge.sweep import Listener, SweepSpec, conduct, expand, load_sweep, make_executor, survey, time_left
+from coldforge.sweep import Listener, State, SweepSpec, conduct, expand, load_sweep, make_executor, survey, time_left
 from coldforge.sweep.executors import MOST_LOSSES
+from coldforge.sweep.graph import Task
 from coldforge.sweep.plan import plan_of, trial_of
 from coldforge.sweep.table import load_results, over_seeds, pick, write_tables
 
@@ -424,3 +426,18 @@ def test_time_left_follows_what_was_spent(tmp_path, record):
     run(tmp_path, record, seconds=0.01, listener=Watch())
     assert all(left is not None for left in seen)
     assert seen[-1] == 0
+
+
+def test_time_left_does_not_take_seconds_for_multiply_adds():
+    """A baseline from a checkpoint has none: it must not tell how long a training takes."""
+    names = ("read", "train", "measure")
+    tasks = {
+        name: Task(name, name, name, (), macs=macs, seconds=seconds)
+        for name, macs, seconds in zip(names, (0, 1e12, 0), (2.0, 0, 10.0), strict=True)
+    }
+    graph = SimpleNamespace(tasks=tasks)
+    state = State(spec(), (), graph, done={"read"}, spent={("read", False): (4.0, 2.0)})
+    assert time_left(state, 1) is None
+    state.spent["train", True] = (100.0, 2e12)
+    assert time_left(state, 1) == pytest.approx(50 + 2 * 10)
+    assert time_left(state, 2) == pytest.approx(35)

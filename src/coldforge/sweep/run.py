@@ -58,8 +58,9 @@ class State:
     """Stage to when it was handed out."""
     finished: set[str] = field(default_factory=set)
     """Trials whose record is written."""
-    spent: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Kind of stage to (seconds, multiply-adds or estimated seconds) of those made in this call."""
+    spent: dict[tuple[str, bool], tuple[float, float]] = field(default_factory=dict)
+    """(Kind of stage, whether its work is counted in multiply-adds) to (seconds, multiply-adds or estimated seconds) of
+    those made in this call."""
 
     @property
     def lost(self) -> dict[str, str]:
@@ -194,8 +195,9 @@ class _Conductor:
             self._failures.changed = True
             return
         state.done.add(key)
-        seconds, work = state.spent.get(task.kind, (0.0, 0.0))
-        state.spent[task.kind] = seconds + outcome.seconds, work + (task.macs or task.seconds or 1.0)
+        pace = task.kind, task.macs > 0
+        seconds, work = state.spent.get(pace, (0.0, 0.0))
+        state.spent[pace] = seconds + outcome.seconds, work + (task.macs or task.seconds or 1.0)
         for reader in state.graph.readers.get(key, ()):
             if reader in self._missing:
                 self._missing[reader] -= 1
@@ -215,16 +217,21 @@ class _Conductor:
 
 
 def time_left(state: State, slots: int) -> float | None:
-    """Seconds that the rest will take, from the speed of what was made; None before anything was."""
+    """Seconds that the rest will take, from the speed of what was made, of the same kind where there is any; None while
+    nothing tells how long a multiply-add takes.
+    """
     if not state.spent:
         return None
     total = 0.0
-    spent = list(state.spent.values())
-    made_seconds, made = sum(seconds for seconds, _ in spent), sum(work for _, work in spent)
     for key, task in state.graph.tasks.items():
         if key in state.done or key in state.failures:
             continue
-        seconds, work = state.spent.get(task.kind, (made_seconds, made))
+        counted = task.macs > 0  # else its work is in seconds, as estimated
+        alike = state.spent.get((task.kind, counted))
+        known = [alike] if alike else [spent for (_, macs), spent in state.spent.items() if macs == counted]
+        if counted and not known:
+            return None
+        seconds, work = (sum(column) for column in zip(*known, strict=True)) if known else (1.0, 1.0)
         total += seconds / work * (task.macs or task.seconds or 1.0)
     return total / slots
 
