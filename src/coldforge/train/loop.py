@@ -37,8 +37,8 @@ from coldforge.spec import seed_of
 from coldforge.train.batchnorm import whole_batch
 from coldforge.train.checkpoint import Shelf, TrainState
 from coldforge.train.guard import Collapse, NotFinite, Overfitting, monitor, refuse_collapse
-from coldforge.train.objective import Objective, Teacher
 from coldforge.train.muon import Muon, macs_of_a_step
+from coldforge.train.objective import Objective, Teacher
 from coldforge.train.optimizer import make_fabric, parameter_groups, quantizer_steps
 from coldforge.train.schedule import bits_now, learning_rate, ramped_eps
 from coldforge.train.weights import Averaged, copies, perturbed
