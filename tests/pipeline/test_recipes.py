@@ -68,6 +68,7 @@ def test_a_network_may_be_rounded_after_all_of_its_training(recipe, forge_again,
     tuned, artifact = made.record.stage("tuned"), made.record.stage("artifact")
     assert [point.epoch for point in tuned.curve] == [1, 2]
     assert artifact.weight_bits == 4
+    assert any("rounded to 4 bits after all of its training" in note for note in tuned.notes)
     assert artifact.agreement.clean == 1.0
     assert not any(stage.latency_s for stage in made.record.stages), "no runtime, nothing is timed"
     assert not (tmp_path / "store" / "stages" / "measure").exists()

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,12 @@ from coldforge.models import check_classifier, load_weights, normalized
 from coldforge.recipe import QuantizeSpec, TrainSpec
 from coldforge.stages.shop import Report, Shop, Stage, file_digest, write_json
 from coldforge.train import Objective, TrainResult, train
+
+_BITS_THAT_NEED_NO_TRAINING = 8
+_ROUNDED_AFTERWARDS = (
+    "rounded to {bits} bits after all of its training; with finetune.float_epochs lower than finetune.epochs the last "
+    "epochs train through the rounding"
+)
 
 
 def baseline(shop: Shop) -> Stage:
@@ -196,7 +203,9 @@ def finetune(shop: Shop, parent: Stage, compressed: Stage, arm: str, *, teacher:
 
         start, _ = shop.network(parent)
         if len(parts) == 1:
-            _train_into(shop, folder, start, structure, parts, report, teacher=taught_by, finish=round_it)
+            bits = min(quantization.weight_bits, quantization.activation_bits)
+            notes = [_ROUNDED_AFTERWARDS.format(bits=bits)] if bits < _BITS_THAT_NEED_NO_TRAINING else []
+            _train_into(shop, folder, start, structure, parts, report, teacher=taught_by, finish=round_it, notes=notes)
         else:
             _train_into(shop, folder, start, structure, parts, report, teacher=taught_by, between=round_it)
 
@@ -272,6 +281,7 @@ def _train_into(
     teacher: nn.Module | None = None,
     between: Callable[[nn.Module], nn.Module] = lambda network: network,
     finish: Callable[[nn.Module], nn.Module] = lambda network: network,
+    notes: Sequence[str] = (),
 ) -> None:
     """Train ``network`` as each of ``specs`` says, one after the other, and write it with its curve, cost and notes.
 
@@ -285,6 +295,7 @@ def _train_into(
         teacher: for distillation.
         between: applied to the network after each training but the last.
         finish: applied to the result.
+        notes: said beside those of the trainings.
     """
     whole = sum(spec.epochs for spec in specs)
     results: list[TrainResult] = []
@@ -300,7 +311,8 @@ def _train_into(
         network = between(result.model) if number + 1 < len(specs) else finish(result.model)
         results.append(result)
     save_network(folder, network, structure)
-    write_json(folder / "result.json", _outcome(results))
+    outcome = _outcome(results)
+    write_json(folder / "result.json", {**outcome, "notes": [*outcome["notes"], *notes]})
 
 
 def _trained(
@@ -321,7 +333,7 @@ def _trained(
     )
 
 
-def _outcome(results: Sequence[TrainResult]) -> dict[str, object]:
+def _outcome(results: Sequence[TrainResult]) -> dict[str, Any]:
     """What the record says of one or more trainings, one after the other."""
     curve = [point for result in results for point in result.curve]
     return {
