@@ -62,7 +62,7 @@ def test_a_live_network_has_no_reference_to_learn_from(recipe, forge_again, tmp_
 
 
 def test_a_network_may_be_rounded_after_all_of_its_training(recipe, forge_again, tmp_path):
-    changes = {"finetune.epochs": 2, "finetune.float_epochs": 2, "quantize.weight_bits": 4, "deploy.runtimes": []}
+    changes = {"finetune.epochs": 2, "finetune.float_epochs": "all", "quantize.weight_bits": 4, "deploy.runtimes": []}
     store = Store(tmp_path / "store")
     made = forge_again(recipe(changes), store, tmp_path / "out")
     tuned, artifact = made.record.stage("tuned"), made.record.stage("artifact")
@@ -74,3 +74,7 @@ def test_a_network_may_be_rounded_after_all_of_its_training(recipe, forge_again,
     assert not (tmp_path / "store" / "stages" / "measure").exists()
     with pytest.raises(RecipeError, match=r"finetune\.float_epochs: expected at most finetune\.epochs = 2, got 3"):
         recipe({"finetune.epochs": 2, "finetune.float_epochs": 3})
+    with pytest.raises(
+        RecipeError, match=r"finetune\.float_epochs: expected a number of epochs, 0 or more, or .all., got .some."
+    ):
+        recipe({"finetune.float_epochs": "some"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from coldforge.spec import Number, Spec
 
@@ -77,9 +77,9 @@ class FinetuneSpec(TrainSpec):
     """Who teaches in distill: the dense baseline, or the dense adversarially trained reference (trained if need be)."""
     attack: str = "pgd-2"
     """Inner attack of the adversarial arm: fgsm-rs, n-fgsm, fgsm-reuse, or pgd-K such as pgd-7."""
-    float_epochs: int = Field(default=0, ge=0)
-    """So many of the epochs come first, in floating point and with BatchNorm, before the network is rounded; all of
-    them: it is only rounded, and not trained through its rounding."""
+    float_epochs: int | Literal["all"] = 0
+    """So many of the epochs come first, in floating point and with BatchNorm, before the network is rounded; "all" of
+    them: it is only rounded, and not trained through its rounding, which is enough at 8 bits."""
     float_lr: Number = Field(default=0.0, ge=0)
     """Peak learning rate of these; 0: lr."""
     lr: Number = Field(default=0.03, gt=0)
@@ -91,13 +91,25 @@ class FinetuneSpec(TrainSpec):
     arms: tuple[Literal["none", "natural", "adversarial"], ...] = ("natural", "adversarial")
     """Which fine-tunings to run from the same compressed network."""
 
+    @field_validator("float_epochs", mode="before")
+    @classmethod
+    def _number_or_all(cls, value: object) -> object:
+        if value == "all" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+            return value
+        raise ValueError(f'expected a number of epochs, 0 or more, or "all", got {value!r}')
+
+    @property
+    def epochs_in_float(self) -> int:
+        """``float_epochs`` as a number."""
+        return self.epochs if self.float_epochs == "all" else self.float_epochs
+
     @model_validator(mode="after")
     def _arms_decide(self) -> Self:
         if self.objective == "natural":
             raise ValueError(
                 'finetune.objective is that of the adversarial arm; expected finetune.arms = ["natural"] instead'
             )
-        if self.float_epochs > self.epochs:
+        if self.epochs_in_float > self.epochs:
             raise ValueError(
                 f"finetune.float_epochs: expected at most finetune.epochs = {self.epochs}, got {self.float_epochs}"
             )

@@ -182,9 +182,9 @@ def finetune(shop: Shop, parent: Stage, compressed: Stage, arm: str, *, teacher:
         plain = TrainSpec()
         only_adversarial = {name: getattr(plain, name) for name in ("attack", "beta", "soft", "temperature", "awp")}
         spec = spec.model_copy(update={**only_adversarial, "objective": "natural", "eps_ramp": 0.0})
-    spec = spec.model_copy(update={"epochs": whole.epochs - whole.float_epochs})
-    first = {"epochs": whole.float_epochs, "lr": whole.float_lr or whole.lr, "bits_ramp": 0.0}
-    in_float = spec.model_copy(update=first) if whole.float_epochs else None
+    spec = spec.model_copy(update={"epochs": whole.epochs - whole.epochs_in_float})
+    first = {"epochs": whole.epochs_in_float, "lr": whole.float_lr or whole.lr, "bits_ramp": 0.0}
+    in_float = spec.model_copy(update=first) if whole.epochs_in_float else None
     rounded_spec = spec.model_copy(update={"eps_ramp": 0.0}) if in_float else spec  # the network is robust already
     parts = [part for part in (in_float, rounded_spec) if part is not None and part.epochs]
     teaches = teacher if spec.objective == "distill" else None
