@@ -2,7 +2,8 @@
 """Write the tables of README.md and docs/ from the records they name: `python scripts/update_readme.py [--check]`.
 
 A table stands between `<!-- KIND: PATH -->` and `<!-- end -->`. PATH is a JSON file, from the root of the repository.
-KIND is `table` (a record.json), `clipping`, `attack_parity`, `attack_speed`, `int4` (by the benchmarks of that name),
+KIND is `table` (a record.json), `clipping`, `attack_parity`, `attack_peers`, `attack_speed`, `int4` (by the benchmarks of
+that name), `sweep` (a table.csv of trials on validation images),
 `sweep_seconds`, `sweep_sizes`, `sweep_trials` or `sweep_workers` (by sweep_scale), `paper_figure`, `paper_claims` or
 `paper_readings` (by paper_figure), one of the tables of benchmarks/tables.py, or `goals`, whose PATH is the folder of
 the records. Where there is no record yet, it says so.
@@ -11,6 +12,7 @@ the records. Where there is no record yet, it says so.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import re
 import statistics
@@ -28,7 +30,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import tables  # noqa: E402
 
-DOCS = ("architecture", "evidence", "int4", "paper", "performance", "scale")
+DOCS = ("architecture", "evidence", "int4", "paper", "performance", "recipes", "scale")
 PAGES = ("README.md", "results/README.md", "benchmarks/README.md", *(f"docs/{name}.md" for name in DOCS))
 TABLE = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -36,7 +38,8 @@ TABLE = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def filled(text: str) -> str:
     """The page with every table made anew from its file."""
     kinds = {"table": stages, "clipping": clipping, "int4": int4, "goals": goals}
-    kinds |= {"attack_parity": attack_parity, "attack_speed": attack_speed}
+    kinds |= {"attack_parity": attack_parity, "attack_peers": attack_peers, "attack_speed": attack_speed}
+    kinds |= {"sweep": sweep}
     kinds |= {"sweep_seconds": sweep_seconds, "sweep_sizes": sweep_sizes}
     kinds |= {"sweep_trials": sweep_trials, "sweep_workers": sweep_workers}
     kinds |= {kind: partial(benchmark, table) for kind, table in tables.TABLES.items()}
@@ -86,6 +89,36 @@ def attack_parity(path: Path) -> str:
         lines.append(
             f"| {row['network']} | {row['attack']} | {row['seed']} | {row['n']} | {100 * row['ours']:.2f} "
             f"| {100 * row['reference']:.2f} | {row['difference_points']:+.2f} [{low:+.1f}, {high:+.1f}] |"
+        )
+    return "\n".join(lines)
+
+
+def attack_peers(path: Path) -> str:
+    """Everybody's attacks on the same images: accuracy, seconds, passes and gradients."""
+    lines = ["| network | attack | who | stand % | seconds | passes an image | gradients an image | note |"]
+    lines += ["|---|---|---|---:|---:|---:|---:|---|"]
+    for row in sorted(json.loads(path.read_text(encoding="utf-8"))["results"], key=lambda row: row["network"]):
+        passes, gradients = (row[f"{what}_images"] / row["n"] for what in ("forward", "gradient"))
+        lines.append(
+            f"| {row['network']} | {row['attack']} | {row['version']} | {100 * row['robust_accuracy']:.0f} "
+            f"| {row['seconds']:.0f} | {passes:,.0f} | {gradients:,.0f} | {row['note']} |"
+        )
+    return "\n".join(lines)
+
+
+def sweep(path: Path) -> str:
+    """Trials of a sweep of fine-tunings, best first."""
+    if not path.is_file():
+        return NOT_COMPUTED
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: -float(row["robust:worst_case"]))
+    lines = ["| variant | clean % | PGD-20, worst case % | 95 % | training, 10¹² MACs |", "|---|---:|---:|---|---:|"]
+    for row in rows:
+        low, high = (100 * float(row[f"robust:{end}"]) for end in ("low", "high"))
+        lines.append(
+            f"| {row.get('variant') or row['label']} | {100 * float(row['clean_accuracy']):.1f} "
+            f"| {100 * float(row['robust:worst_case']):.1f} | {low:.1f} – {high:.1f} "
+            f"| {float(row['train_macs']) / 1e12:.1f} |"
         )
     return "\n".join(lines)
 
