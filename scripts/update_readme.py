@@ -2,8 +2,8 @@
 """Write the tables of README.md and docs/ from the records they name: `python scripts/update_readme.py [--check]`.
 
 A table stands between `<!-- KIND: PATH -->` and `<!-- end -->`. PATH is a file, from the root of the repository. KIND
-is `table` (a record.json), `clipping`, `attack_parity`, `attack_peers`, `attack_speed`, `int4` (by the benchmarks of that
-name), `sweep` (the table.csv of a sweep), `sweep_seconds`, `sweep_sizes`, `sweep_trials` or `sweep_workers` (by
+is `table` (a record.json), `clipping`, `attack_parity`, `attack_peers`, `attack_speed`, `int4` (by the benchmarks of
+that name), `sweep` (the table.csv of a sweep), `sweep_seconds`, `sweep_sizes`, `sweep_trials` or `sweep_workers` (by
 sweep_scale), `paper_figure`, `paper_claims` or `paper_readings` (by paper_figure), one of the tables of
 benchmarks/tables.py, or `goals`, whose PATH is the folder of the records. Where there is no record yet, it says so.
 """
