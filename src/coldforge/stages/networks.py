@@ -23,11 +23,7 @@ from coldforge.recipe import QuantizeSpec, TrainSpec
 from coldforge.stages.shop import Report, Shop, Stage, file_digest, write_json
 from coldforge.train import Objective, TrainResult, train
 
-_BITS_THAT_NEED_NO_TRAINING = 8
-_ROUNDED_AFTERWARDS = (
-    "rounded to {bits} bits after all of its training; with finetune.float_epochs lower than finetune.epochs the last "
-    "epochs train through the rounding"
-)
+_UNTRAINED = "rounded to {} bits after all of its training; a lower finetune.float_epochs trains through the rounding"
 
 
 def baseline(shop: Shop) -> Stage:
@@ -204,7 +200,7 @@ def finetune(shop: Shop, parent: Stage, compressed: Stage, arm: str, *, teacher:
         start, _ = shop.network(parent)
         if len(parts) == 1:
             bits = min(quantization.weight_bits, quantization.activation_bits)
-            notes = [_ROUNDED_AFTERWARDS.format(bits=bits)] if bits < _BITS_THAT_NEED_NO_TRAINING else []
+            notes = [_UNTRAINED.format(bits)] if bits < 8 else []  # 8 need no training
             _train_into(shop, folder, start, structure, parts, report, teacher=taught_by, finish=round_it, notes=notes)
         else:
             _train_into(shop, folder, start, structure, parts, report, teacher=taught_by, between=round_it)

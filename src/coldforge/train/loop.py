@@ -37,9 +37,9 @@ from coldforge.spec import seed_of
 from coldforge.train.batchnorm import whole_batch
 from coldforge.train.checkpoint import Shelf, TrainState
 from coldforge.train.guard import Collapse, NotFinite, Overfitting, monitor, refuse_collapse
-from coldforge.train.muon import Muon, macs_of_a_step
+from coldforge.train.muon import macs_of_a_step
 from coldforge.train.objective import Objective, Teacher
-from coldforge.train.optimizer import make_fabric, parameter_groups, quantizer_steps
+from coldforge.train.optimizer import make_fabric, make_optimizer, quantizer_steps
 from coldforge.train.schedule import bits_now, learning_rate, ramped_eps
 from coldforge.train.weights import Averaged, copies, perturbed
 from coldforge.train.world import World
@@ -49,7 +49,6 @@ RETRY_FACTOR = 1 / 3
 STEP_RANGE = 10.0
 """A learned quantizer step stays within this factor of its calibrated value."""
 _INT8 = 127
-OPTIMIZERS = {"sgd": torch.optim.SGD, "muon": Muon}
 
 
 @dataclass(frozen=True)
@@ -195,12 +194,7 @@ class _Attempt:
         self._total = self._per_epoch * spec.epochs
         self._fabric = make_fabric(precision)
         self._network = channels_last(copy.deepcopy(model))
-        optimizer = OPTIMIZERS[spec.optimizer](
-            parameter_groups(self._network, spec.weight_decay),
-            lr=spec.lr,
-            momentum=spec.momentum,
-            nesterov=spec.nesterov,
-        )
+        optimizer = make_optimizer(self._network, spec)
         self._inner = _inner(spec, state)
         self._objective = Objective(spec, self._taught_by(teacher))
         passes = self._objective.passes(self._inner.steps if self._inner else 0)

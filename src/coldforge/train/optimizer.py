@@ -1,13 +1,16 @@
-"""What an optimizer is given: groups of parameters, quantizer steps, and the precision that Fabric sets up."""
+"""The optimizer and what it is given: groups of parameters, quantizer steps, and the precision that Fabric sets up."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 
+import torch
 from torch import nn
 
 from coldforge.compress import ActivationQuantizer, QuantizedLayer
+from coldforge.recipe import TrainSpec
+from coldforge.train.muon import Muon
 
 
 def make_fabric(precision: str):  # type: ignore[no-untyped-def]  # Fabric's generics say nothing here
@@ -22,7 +25,14 @@ def make_fabric(precision: str):  # type: ignore[no-untyped-def]  # Fabric's gen
     return fabric
 
 
-def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def make_optimizer(network: nn.Module, spec: TrainSpec) -> torch.optim.SGD:
+    """SGD or Muon over everything that ``network`` learns."""
+    kind = Muon if spec.optimizer == "muon" else torch.optim.SGD
+    groups = _parameter_groups(network, spec.weight_decay)
+    return kind(groups, lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov)
+
+
+def _parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Weights (more than one dimension) decay; biases, normalization and quantizer steps do not."""
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     return [
