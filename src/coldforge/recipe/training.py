@@ -26,7 +26,7 @@ class TrainSpec(Spec):
     """Images per optimizer step."""
     optimizer: Literal["sgd", "muon"] = "sgd"
     """sgd; or muon (Jordan et al. 2024): the same, but each step of a convolution is made orthogonal and turns its
-    filters by the part lr of their norm, which stays. Learns more in few epochs."""
+    filters by the part lr of their norm, which stays."""
     lr: Number = Field(default=0.05, gt=0)
     """Peak learning rate."""
     momentum: Number = Field(default=0.9, ge=0, lt=1)
