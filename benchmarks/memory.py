@@ -48,8 +48,8 @@ def short(recipe: Recipe) -> dict[str, object]:
         "data.train_n": TRAIN_N,
         "data.validation": VALIDATION,
         "model.train.epochs": 1,
-        "finetune.epochs": (recipe.finetune.float_epochs and 2) or 1,
-        "finetune.float_epochs": min(recipe.finetune.float_epochs, 1),
+        "finetune.epochs": 2 if 0 < recipe.finetune.epochs_in_float < recipe.finetune.epochs else 1,
+        "finetune.float_epochs": min(recipe.finetune.epochs_in_float, 1),
         "evaluate.n": EVALUATE_N,
         "evaluate.masking_n": min(recipe.evaluate.masking_n, EVALUATE_N // 8),
     }

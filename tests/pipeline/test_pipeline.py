@@ -121,7 +121,7 @@ def test_recipes_are_chosen_on_the_validation_part(made, copied, forge_again, re
     assert footnotes(found)[0].endswith("40 validation images; 95 % Wilson intervals.")
     assert "On the validation part" in render_report(found)
     assert "On the validation part" not in render_report(made.record)
-    assert footnotes(made.record)[0].endswith("60 test images; 95 % Wilson intervals.")
+    assert footnotes(made.record)[0].endswith("60 test images, 50 of them attacked; 95 % Wilson intervals.")
 
 
 def test_only_some_rows_are_evaluated(made, copied, forge_again, recipe, tmp_path):

@@ -120,7 +120,7 @@ def test_keys_may_be_written_without_quotes(tmp_path):
     (trial,) = expand(load_sweep(tmp_path / "x.toml", overrides=["finetune.lr=0.5", "evaluate.n=9"]))
     finetune = trial.recipe.finetune
     assert (trial.point["bits"], trial.recipe.quantize.weight_bits, trial.recipe.evaluate.n) == ("low", 2, 9)
-    assert (finetune.epochs, finetune.lr, finetune.batch_size) == (7, 0.5, 64), "the rest is the preset's"
+    assert (finetune.epochs, finetune.lr, finetune.batch_size) == (7, 0.5, 32), "the rest is the preset's"
     with pytest.raises(RecipeError, match="expected key=value"):
         load_sweep(tmp_path / "x.toml", overrides=["finetune.lr"])
 

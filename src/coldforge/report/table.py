@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rich import box
@@ -191,18 +191,13 @@ def _energy_cell(stage: StageRecord) -> Cell:
     return Cell(text.energy(stage.energy_j_per_image), text.energy_mark(stage.energy_method))
 
 
-def _span(numbers: Collection[int]) -> str:
-    low, high = min(numbers), max(numbers)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
 def footnotes(record: Record) -> list[str]:
     """What must be read together with the table: threat model, n, warnings."""
     threat = record.threat_model
     counts = {stage.n for stage in record.stages}
     attacked = {n for stage in record.stages for n in stage.robust_n.values()}
-    part = f", {_span(attacked)} of them attacked" if attacked and attacked != counts else ""
-    lines = [f"{_span(counts)} {record.images}{part}; 95 % Wilson intervals."]
+    part = f", {text.span(attacked)} of them attacked" if attacked and attacked != counts else ""
+    lines = [f"{text.span(counts)} {record.images}{part}; 95 % Wilson intervals."]
     if attacks(record):
         lines[0] = (
             f"Robust: {text.norm(threat.norm)} perturbations up to eps {text.eps(threat.eps)} of the pixel range "

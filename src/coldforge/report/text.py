@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 
 NONE = "–"
 """What stands where nothing was measured."""
@@ -210,3 +211,9 @@ def join(words: list[str]) -> str:
     'a, b and c'
     """
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
+
+
+def span(numbers: Collection[int]) -> str:
+    """Such as "2,000", or "500 to 2,000" where they differ."""
+    low, high = min(numbers), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
