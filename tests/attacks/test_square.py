@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from coldforge.attacks import Square, ThreatModel, margins, predict
 from coldforge.attacks.base import Slots
+from coldforge.attacks.query import TILE
 from coldforge.attacks.randomness import uniforms
 from coldforge.attacks.square import _corner, _inside
+from coldforge.attacks.tiles import Tiles
 from coldforge.spec import seed_of
 
 LINF, L2 = ThreatModel("linf", 0.25), ThreatModel("l2", 1.5)
@@ -160,7 +162,10 @@ def test_equals_its_slow_twin(task: tuple[nn.Module, Tensor, Tensor]) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8), (3, 6, 11), (2, 9, 5), (1, 3, 3), (1, 1, 1)])
 @pytest.mark.parametrize("threat_model", [LINF, L2], ids=["linf", "l2"])
-def test_pitfall_22_oblong_and_small_images(shape: tuple[int, int, int], threat_model: ThreatModel) -> None:
+def test_pitfall_22_oblong_and_small_images(
+    shape: tuple[int, int, int], threat_model: ThreatModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tiles, "fits", lambda _, size: size == TILE)  # no size of tile is tried: all points are attacks
     images = torch.rand(5, *shape, generator=torch.Generator().manual_seed(0))
     weight = torch.randn(images[0].numel(), generator=torch.Generator().manual_seed(1))
     outside = 0

@@ -3,8 +3,8 @@
 An attack is a frozen spec and a callable. A subclass writes one hook, :meth:`Attack.advance`; the final ``__call__``
 keeps the promises: only points inside the ball and the box count, every iterate counts, the network, its gradients and
 the global random state are untouched, and an image's verdict depends neither on the batch it came in nor on its
-neighbours. For the last one, networks are always queried with a tile of the same size: an image that is done leaves
-its slot at once and the next one of the queue takes it.
+neighbours. For the last one, networks are queried with a tile of a size at which they answer as they always do
+(:mod:`coldforge.attacks.tiles`): an image that is done leaves its slot at once and the next one of the queue takes it.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self, final
 
 import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from coldforge.attacks.query import TILE, Classifier, Judge, check_images, loss_direction, margins, query, untouched
+from coldforge.attacks.query import Classifier, Judge, check_images, loss_direction, margins, query, untouched
 from coldforge.attacks.threat import ThreatModel
+from coldforge.attacks.tiles import Tiles
 from coldforge.spec import Spec, seed_of
 
 _PROGRESS_PASSES = 8
@@ -47,6 +48,14 @@ class Slots:
     key: Tensor  # (T,) int64, names the image's random numbers
     refused: Tensor  # (T,) bool: misclassified at points, but the judge is right there
     memory: dict[str, Tensor] = field(default_factory=dict)  # what the attack remembers of each image, (T, ...)
+
+    def take(self, rows: Tensor) -> None:
+        """Keep only these slots, in this order."""
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, Tensor) and len(value):
+                setattr(self, entry.name, value[rows])
+        self.memory = {name: value[rows] for name, value in self.memory.items()}
 
 
 @dataclass(frozen=True)
@@ -182,8 +191,10 @@ class Attack(Spec, ABC):
             targets = self.targets(model, images, labels)
             runs = self.runs(0) if targets is None else targets.shape[1]
             waiting = deque((image, 0) for image in range(count))
-            image = torch.full((TILE,), -1)  # which image is in each slot; -1: none
-            slots = _empty_slots(images)
+            tiles = Tiles(model, images.shape[1:], gradients=self.uses_gradients)
+            size = tiles.first(count, runs * (self.steps + 1))
+            image = torch.full((size,), -1)  # which image is in each slot; -1: none
+            slots = _empty_slots(images, size)
             passes, shown = 0, 0.0
             ran = torch.zeros(count)  # runs that ended without success
             while True:
@@ -201,6 +212,13 @@ class Attack(Spec, ABC):
                 busy = image >= 0
                 if not bool(busy.any()) or (stop is not None and stop()):
                     break
+                if not waiting:
+                    left = int(((runs - slots.run) * (self.steps + 1) - slots.step)[busy].max())
+                    size = tiles.next(len(image), int(busy.sum()), left)
+                    if size < len(image):
+                        rows = torch.cat([busy.nonzero()[:, 0], (~busy).nonzero()[:, 0]])[:size]
+                        slots.take(rows)
+                        image, busy = image[rows], busy[rows]
                 direction = (lambda logits: self.direction(logits, slots)) if self.uses_gradients else None
                 slots.logits, gradient = query(model, slots.points, direction)
                 if gradient is not None:  # one pixel without a slope must not stop the search in all others
@@ -299,11 +317,11 @@ def _empty(images: Tensor, keep_last: bool) -> AttackResult:
     )
 
 
-def _empty_slots(images: Tensor) -> Slots:
+def _empty_slots(images: Tensor, size: int) -> Slots:
     def numbers(value: int) -> Tensor:
-        return torch.full((TILE,), value, dtype=torch.int64)
+        return torch.full((size,), value, dtype=torch.int64)
 
-    blank = torch.zeros(TILE, *images.shape[1:])
+    blank = torch.zeros(size, *images.shape[1:])
     return Slots(
         clean=blank.clone(),
         labels=numbers(0),
@@ -314,5 +332,5 @@ def _empty_slots(images: Tensor) -> Slots:
         run=numbers(0),
         target=numbers(-1),
         key=numbers(0),
-        refused=torch.zeros(TILE, dtype=torch.bool),
+        refused=torch.zeros(size, dtype=torch.bool),
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from coldforge.errors import AttackError
 
 TILE = 64
-"""Images in one forward pass. Fixed, because kernels round differently for different shapes."""
+"""Images in one forward pass, as a rule (:mod:`coldforge.attacks.tiles`): kernels may round differently for others."""
 
 Classifier = Callable[[Tensor], Tensor]
 """Images ``(N, C, H, W)`` in [0, 1] to logits ``(N, K)``, differentiable."""

@@ -7,6 +7,7 @@ code draws one for the whole batch), the last row and column can be drawn (there
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import ClassVar
 
@@ -41,13 +42,7 @@ class Square(Attack):
 
     def sides(self, height: int, width: int, *, least: int = 1) -> Tensor:
         """Side of the square at each step, in pixels, int64 ``(steps,)``."""
-        sides, halvings = [], 0
-        for step in range(self.steps):
-            while halvings < len(_HALVINGS) and step > _HALVINGS[halvings]:
-                halvings += 1
-            side = max(round(math.sqrt(self.p_init / 2**halvings * height * width)), least)
-            sides.append(min(side, height, width))
-        return torch.tensor(sides)
+        return _sides(self.steps, self.p_init, height, width, least)
 
     def start(self, slots: Slots, rows: list[int], threat_model: ThreatModel) -> Tensor:
         """linf: vertical stripes of +-eps; l2: a grid of patches."""
@@ -75,12 +70,12 @@ class Square(Attack):
         if not memory:
             memory["best"] = torch.zeros(len(slots.labels))
             memory["best_points"] = torch.zeros_like(slots.points)
-            memory["sides"] = self.sides(height, width, least=1 if threat_model.norm == "linf" else 3)
         margin = margins(slots.logits, slots.labels)
         better = ((slots.step == 0) | (margin < memory["best"])).nonzero()[:, 0]
         memory["best"][better] = margin[better]
         memory["best_points"][better] = slots.points[better]
-        side = memory["sides"][slots.step.clamp(0, self.steps - 1)]
+        sides = self.sides(height, width, least=1 if threat_model.norm == "linf" else 3)
+        side = sides[slots.step.clamp(0, self.steps - 1)]
         if threat_model.norm == "linf":
             return self._square(slots, side, threat_model)
         moved = memory["best_points"].clone()
@@ -122,6 +117,17 @@ class Square(Attack):
         delta = delta.masked_fill(there, 0.0)
         delta = delta.masked_scatter(here.expand_as(delta), new)
         return _scaled(clean, delta, threat_model)
+
+
+@functools.cache
+def _sides(steps: int, p_init: float, height: int, width: int, least: int) -> Tensor:
+    sides, halvings = [], 0
+    for step in range(steps):
+        while halvings < len(_HALVINGS) and step > _HALVINGS[halvings]:
+            halvings += 1
+        side = max(round(math.sqrt(p_init / 2**halvings * height * width)), least)
+        sides.append(min(side, height, width))
+    return torch.tensor(sides)
 
 
 def _corner(uniform: Tensor, length: int, side: Tensor) -> Tensor:
