@@ -17,6 +17,12 @@ Task = tuple[nn.Module, Tensor, Tensor]
 COLUMNS = ("fooled", "adversarial", "step", "restart", "queries", "margin")
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if larger tiles were always faster, which is up to the machine."""
+    monkeypatch.setattr(Tiles, "_is_faster", lambda *_: True)
+
+
 def shapes_of(attack: str, model: Classifier, images: Tensor, labels: Tensor) -> tuple[Counter[int], AttackResult]:
     """How often tiles of each size were asked about."""
     seen: Counter[int] = Counter()
@@ -76,17 +82,21 @@ def test_a_network_whose_images_see_each_other_keeps_its_tile(task: Task) -> Non
     tiles = Tiles(crowded, (1, 8, 8), gradients=False)
     assert tiles.first(1000, 1000) == TILE
     assert tiles.next(TILE, 3, 1000) == TILE
+    assert tiles.next(TILE, 3, 1000) == TILE
 
 
 def test_sizes_that_are_worth_it(task: Task) -> None:
     tiles = Tiles(task[0], (1, 8, 8), gradients=True)
     assert tiles.first(1000, 100) == LARGEST
     assert tiles.first(100, 100) == 104
+    assert tiles.first(100, 20) == TILE, "2,000 images in all do not pay for trying"
     assert tiles.first(1000, 1) == TILE, "one pass each does not pay for trying"
     assert tiles.first(3, 1000) == TILE
+    assert (tiles.of(3), tiles.of(32), tiles.of(33)) == (MULTIPLE, MULTIPLE, TILE)
     assert tiles.next(64, 60, 1000) == 64
     assert tiles.next(64, 3, 1000) == MULTIPLE
-    assert tiles.next(64, 3, 2) == 64
+    assert tiles.next(64, 3, 2) == MULTIPLE, "known by now"
+    assert Tiles(task[0], (1, 8, 8), gradients=True).next(64, 3, 2) == 64, "trying takes longer than what is left"
 
 
 def test_large_images_do_not_fill_the_memory() -> None:
@@ -94,4 +104,12 @@ def test_large_images_do_not_fill_the_memory() -> None:
         return x.flatten(1)[:, :4]
 
     assert Tiles(model, (3, 224, 224), gradients=False).first(1000, 1000) == TILE
-    assert Tiles(model, (3, 64, 64), gradients=False).first(1000, 1000) == 80
+    assert Tiles(model, (3, 64, 64), gradients=False).first(70, 1000) == 72
+    assert Tiles(model, (3, 64, 64), gradients=False).first(1000, 1000) == TILE
+
+
+def test_a_larger_tile_that_is_slower_is_not_taken(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+    monkeypatch.setattr(Tiles, "_is_faster", lambda _, size: bool(tried.append(size)))
+    assert Tiles(task[0], (1, 8, 8), gradients=True).first(1000, 1000) == TILE
+    assert tried == [LARGEST]

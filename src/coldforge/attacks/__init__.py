@@ -12,6 +12,7 @@ from coldforge.attacks.names import ATTACK_FORMS, parse_attack, parse_pgd
 from coldforge.attacks.query import TILE, Classifier, Judge, check_images, loss_direction, margins, predict, untouched
 from coldforge.attacks.square import Square
 from coldforge.attacks.threat import ThreatModel
+from coldforge.attacks.tiles import Tiles
 
 __all__ = [
     "APGD",
@@ -28,6 +29,7 @@ __all__ = [
     "Judge",
     "Square",
     "ThreatModel",
+    "Tiles",
     "as_parts",
     "check_images",
     "loss_direction",

@@ -81,8 +81,6 @@ class Attack(Spec, ABC):
     """Raised when an attack of the same settings gives other results."""
     uses_gradients: ClassVar[bool] = True
     """False: only logits are asked for, so a deployed file can be attacked."""
-    needs_float32: ClassVar[bool] = False
-    """True: values of logits and gradients count, not only their order and signs, so bfloat16 weakens the search."""
     projects: ClassVar[bool] = True
     """False: points may leave the ball while searching; only those inside it count."""
 

@@ -30,7 +30,6 @@ _NEWTON_STEPS = 50
 class FAB(Attack):
     """``steps`` projections onto the linearized boundary to each of the strongest other classes (FAB-T)."""
 
-    needs_float32: ClassVar[bool] = True
     projects: ClassVar[bool] = False
 
     steps: int = 100

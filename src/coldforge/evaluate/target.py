@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from coldforge.attacks import Attack, Classifier, Judge, parse_attack, predict
+from coldforge.attacks import Attack, Classifier, Judge, Tiles, parse_attack, predict
 from coldforge.compress import ActivationQuantizer, Backward, QuantizedLayer, attacking, fold_batchnorm
 from coldforge.errors import AttackError, TraceError
 from coldforge.models import channels_last
@@ -28,8 +28,6 @@ of 0, and "pass_through" (BPDA) one that the forward pass does not have; a netwo
 TRANSFER = "transfer"
 """Name in the ledger of the images found on other networks."""
 _TRANSFER_ATTACK = "pgd-20"
-_VERIFY_TILE = 2
-"""Images in one pass of the verifier: few are asked about at a time."""
 _SAME_ANSWERS = 0.95
 """A fast copy that answers fewer images like the network is no copy, and is not used."""
 _NOISE = 4.0
@@ -115,6 +113,7 @@ class Ways:
         self._target, self._images, self._precision = target, images, precision
         self._copies: dict[tuple[int, Precision], nn.Module] = {}
         self._noise: dict[int, float] = {}  # of bfloat16 copies that are in use
+        self._tiles = None if target.network is None else Tiles(target.network, images.shape[1:], gradients=False)
 
     def of(self, attack: Attack) -> list[Way]:
         """The ways in which this attack is run, one after the other on the images that still stand.
@@ -128,14 +127,14 @@ class Ways:
         if target.network is not None:
             modes = BACKWARDS if attack.uses_gradients and target.quantized else BACKWARDS[:1]
             label = len(modes) > 1
-            return self._ways({mode: mode if label else "" for mode in modes}, target.network, attack)
+            return self._ways({mode: mode if label else "" for mode in modes}, target.network)
         if not target.surrogates:
             raise AttackError(
                 f"{attack.name} needs gradients, and a file has none; give a surrogate to search on (--surrogate), or "
                 "take an attack that only asks for answers, such as square"
             )
         surrogates = target.surrogates.items()
-        return [self._way(f"from {name}", network, "pass_through", attack) for name, network in surrogates]
+        return [self._way(f"from {name}", network, "pass_through") for name, network in surrogates]
 
     def transfer(self) -> tuple[Attack, list[Way]]:
         """The attack on other networks that is tried on this one: its float twin, if it is quantized; surrogates."""
@@ -144,21 +143,21 @@ class Ways:
         assert isinstance(attack, Attack)
         if target.network is None:
             return attack, []  # every attack with gradients is one of transfer already
-        ways = [self._way("from its float twin", target.network, "unrounded", attack)] if target.quantized else []
+        ways = [self._way("from its float twin", target.network, "unrounded")] if target.quantized else []
         return attack, ways + [
-            self._way(f"from {name}", network, "pass_through", attack) for name, network in target.surrogates.items()
+            self._way(f"from {name}", network, "pass_through") for name, network in target.surrogates.items()
         ]
 
-    def _ways(self, modes: Mapping[Backward, str], network: nn.Module, attack: Attack) -> list[Way]:
+    def _ways(self, modes: Mapping[Backward, str], network: nn.Module) -> list[Way]:
         """For each kind of gradients one, and where it searches in bfloat16, one more in float32 for the images that
         came so near the decision boundary that bfloat16 cannot tell on which side they are.
         """
-        plain = [self._way(label, network, mode, attack) for mode, label in modes.items()]
-        if self._precision != "bf16" or attack.needs_float32 or id(network) not in self._noise:
+        plain = [self._way(label, network, mode) for mode, label in modes.items()]
+        if self._precision != "bf16" or id(network) not in self._noise:
             return plain
         near = _NOISE * self._noise[id(network)]
         exact = [
-            self._way(f"{label} in float32".strip(), network, mode, attack, precision="fp32", near=near)
+            self._way(f"{label} in float32".strip(), network, mode, precision="fp32", near=near)
             for mode, label in modes.items()
         ]
         return [way for pair in zip(plain, exact, strict=True) for way in pair]
@@ -168,15 +167,12 @@ class Ways:
         label: str,
         network: nn.Module,
         mode: Backward,
-        attack: Attack,
         *,
         precision: Precision | None = None,
         near: float = float("inf"),
     ) -> Way:
-        target, precision = self._target, precision or self._precision
-        if precision == "bf16" and attack.needs_float32:
-            precision = "fp32"
-        search = self._copy(network, precision, apart=mode == "unrounded")
+        target = self._target
+        search = self._copy(network, precision or self._precision, apart=mode == "unrounded")
         judge = None if search is target.network and target.file is None else self._verdicts
         return Way(label, search, judge, partial(_prepared, search, mode, target.network), near)
 
@@ -184,7 +180,8 @@ class Ways:
         if self._target.file is not None:
             return self._target.file.labels(points)
         assert self._target.network is not None
-        return predict(self._target.network, points, tile=_VERIFY_TILE).argmax(1)
+        assert self._tiles is not None
+        return predict(self._target.network, points, tile=self._tiles.of(len(points))).argmax(1)
 
     def _copy(self, network: nn.Module, precision: Precision, *, apart: bool) -> nn.Module:
         """Where to search; ``apart``: never the network itself, because it must judge at the same time."""
