@@ -186,7 +186,7 @@ def test_an_image_is_asked_about_once_in_a_pass_and_first_runs_come_first(
 def test_a_stop_leaves_the_rest_unfinished(task: tuple[nn.Module, Tensor, Tensor]) -> None:
     model, images, labels = task
     whole = parse_attack("pgd-10-2")(model, images, labels, LINF)
-    for passes in (0, 5, 12, 20):
+    for passes in (0, 12, 25, 32):
         asked = iter([False] * passes)
         done: list[int] = []
         seen: list[float] = []

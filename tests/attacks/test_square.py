@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from coldforge.attacks import Square, ThreatModel, margins, predict
 from coldforge.attacks.base import Slots
-from coldforge.attacks.query import TILE
 from coldforge.attacks.randomness import uniforms
 from coldforge.attacks.square import _corner, _inside
 from coldforge.attacks.tiles import Tiles
@@ -165,7 +164,7 @@ def test_equals_its_slow_twin(task: tuple[nn.Module, Tensor, Tensor]) -> None:
 def test_pitfall_22_oblong_and_small_images(
     shape: tuple[int, int, int], threat_model: ThreatModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Tiles, "fits", lambda _, size: size == TILE)  # no size of tile is tried: all points are attacks
+    monkeypatch.setattr(Tiles, "alike", lambda _: False)  # no size of tile is tried: all points are attacks
     images = torch.rand(5, *shape, generator=torch.Generator().manual_seed(0))
     weight = torch.randn(images[0].numel(), generator=torch.Generator().manual_seed(1))
     outside = 0

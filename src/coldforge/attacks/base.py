@@ -3,7 +3,7 @@
 An attack is a frozen spec and a callable. A subclass writes one hook, :meth:`Attack.advance`; the final ``__call__``
 keeps the promises: only points inside the ball and the box count, every iterate counts, the network, its gradients and
 the global random state are untouched, and an image's verdict depends neither on the batch it came in nor on its
-neighbours. For the last one, networks are queried with a tile of a size at which they answer as they always do
+neighbours. For the last one, networks are queried with a tile of the same size, or one that is answered alike
 (:mod:`coldforge.attacks.tiles`): an image that is done leaves its slot at once and the next one of the queue takes it.
 """
 
@@ -19,7 +19,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from coldforge.attacks.query import Classifier, Judge, check_images, loss_direction, margins, query, untouched
+from coldforge.attacks.query import TILE, Classifier, Judge, check_images, loss_direction, margins, query, untouched
 from coldforge.attacks.threat import ThreatModel
 from coldforge.attacks.tiles import Tiles
 from coldforge.spec import Spec, seed_of
@@ -190,9 +190,8 @@ class Attack(Spec, ABC):
             runs = self.runs(0) if targets is None else targets.shape[1]
             waiting = deque((image, 0) for image in range(count))
             tiles = Tiles(model, images.shape[1:], gradients=self.uses_gradients)
-            size = tiles.first(count, runs * (self.steps + 1))
-            image = torch.full((size,), -1)  # which image is in each slot; -1: none
-            slots = _empty_slots(images, size)
+            image = torch.full((TILE,), -1)  # which image is in each slot; -1: none
+            slots = _empty_slots(images)
             passes, shown = 0, 0.0
             ran = torch.zeros(count)  # runs that ended without success
             while True:
@@ -315,11 +314,11 @@ def _empty(images: Tensor, keep_last: bool) -> AttackResult:
     )
 
 
-def _empty_slots(images: Tensor, size: int) -> Slots:
+def _empty_slots(images: Tensor) -> Slots:
     def numbers(value: int) -> Tensor:
-        return torch.full((size,), value, dtype=torch.int64)
+        return torch.full((TILE,), value, dtype=torch.int64)
 
-    blank = torch.zeros(size, *images.shape[1:])
+    blank = torch.zeros(TILE, *images.shape[1:])
     return Slots(
         clean=blank.clone(),
         labels=numbers(0),
@@ -330,5 +329,5 @@ def _empty_slots(images: Tensor, size: int) -> Slots:
         run=numbers(0),
         target=numbers(-1),
         key=numbers(0),
-        refused=torch.zeros(size, dtype=torch.bool),
+        refused=torch.zeros(TILE, dtype=torch.bool),
     )

@@ -27,24 +27,23 @@ def untouched(model: Classifier) -> Iterator[None]:
     after, every flag is as before.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
-    training = [module.training for module in modules]
-    observers = [flag for module in modules if isinstance(flag := getattr(module, "observer_enabled", None), Tensor)]
+    training = [module for module in modules if module.training]
+    needed = {p for module in modules for p in module.parameters(recurse=False) if p.requires_grad}
+    observers = [flag for module in modules if (flag := module._buffers.get("observer_enabled")) is not None]
     observing = [flag.clone() for flag in observers]  # of torch.ao: ranges that move in evaluation mode, too
-    needed = [parameter.requires_grad for parameter in parameters]
     try:
-        for module in modules:
+        for module in training:
             module.training = False
-        for parameter in parameters:
+        for parameter in needed:
             parameter.requires_grad_(False)
         for observer in observers:
             observer.zero_()
         yield
     finally:
-        for module, flag in zip(modules, training, strict=True):
-            module.training = flag
-        for parameter, flag in zip(parameters, needed, strict=True):
-            parameter.requires_grad_(flag)
+        for module in training:
+            module.training = True
+        for parameter in needed:
+            parameter.requires_grad_(True)
         for observer, on in zip(observers, observing, strict=True):
             observer.copy_(on)
 

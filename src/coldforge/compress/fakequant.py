@@ -295,10 +295,14 @@ class QuantizedLayer(nn.Module):
         codes = torch.round(self.bias.detach() / self.accumulator_step()).double()
         return codes.clamp_(-limit, limit).to(torch.int32)
 
+    def rounded(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias as they compute now: on their grids, or as :func:`attacking` keeps them."""
+        weight, bias = self._cached or (self.quantized_weight(), self.quantized_bias())
+        return (weight if self.offset is None else weight + self.offset), bias
+
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W)`` or ``(N, F)`` to the layer's output."""
-        weight, bias = self._cached or (self.quantized_weight(), self.quantized_bias())
-        weight = weight if self.offset is None else weight + self.offset
+        weight, bias = self.rounded()
         if self.is_conv:
             return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         return F.linear(x, weight, bias)

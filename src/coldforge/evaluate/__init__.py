@@ -1,10 +1,11 @@
 """Evaluation: accuracy, robustness, and what can be said about both."""
 
+from coldforge.evaluate.fast import Precision, fast_copy
 from coldforge.evaluate.ledger import WORST_CASE, Ledger, Robustness, summarize
 from coldforge.evaluate.masking import masking_panel
 from coldforge.evaluate.robustness import evaluate, find_adversarial
 from coldforge.evaluate.statistics import mcnemar, paired_interval, wilson_interval
-from coldforge.evaluate.target import BACKWARDS, TRANSFER, Deployed, Precision, Target, fast_copy
+from coldforge.evaluate.target import BACKWARDS, TRANSFER, Deployed, Target
 
 __all__ = [
     "BACKWARDS",

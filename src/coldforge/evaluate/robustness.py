@@ -13,8 +13,10 @@ from coldforge.attacks import Attack, AttackResult, Ensemble, ThreatModel, as_pa
 from coldforge.attacks.ensemble import merge
 from coldforge.data import ImageSet
 from coldforge.errors import AttackError
+from coldforge.evaluate.crew import attack_all
+from coldforge.evaluate.fast import Precision
 from coldforge.evaluate.ledger import Journal, Ledger, Row
-from coldforge.evaluate.target import TRANSFER, Precision, Target, Way, Ways
+from coldforge.evaluate.target import TRANSFER, Target, Way, Ways
 from coldforge.spec import spec_hash
 
 _ALIKE_IMAGES = 128
@@ -122,8 +124,8 @@ def find_adversarial(
         if result is not None:
             rows = (~result.fooled & way.is_worth_it(result.margin)).nonzero()[:, 0]
         with way.context():
-            found = part(
-                way.model, images[rows], labels[rows], threat_model, seed=seed, indices=names[rows], judge=way.judge
+            found = attack_all(
+                part, way.model, images[rows], labels[rows], threat_model, seed=seed, indices=names[rows], judge=way.judge
             )
         result = found if result is None else merge(result, found, rows, number)
     assert result is not None
@@ -191,7 +193,8 @@ def _run(
             journal.flush()
 
     with way.context():
-        attack(
+        attack_all(
+            attack,
             way.model,
             clean,
             ledger.labels[left],

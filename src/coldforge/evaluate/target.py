@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from coldforge.attacks import Attack, Classifier, Judge, Tiles, parse_attack, predict
-from coldforge.compress import ActivationQuantizer, Backward, QuantizedLayer, attacking, fold_batchnorm
-from coldforge.errors import AttackError, TraceError
-from coldforge.models import channels_last
+from coldforge.attacks import Attack, Classifier, Judge, Tiles, parse_attack, predict, untouched
+from coldforge.compress import ActivationQuantizer, Backward, attacking
+from coldforge.errors import AttackError
+from coldforge.evaluate.fast import Precision, fast_copy
 
 BACKWARDS: tuple[Backward, ...] = ("pass_through", "clipped")
 """How attacks take gradients of a quantized network: every image that stands after the first is tried with the second.
@@ -32,11 +32,6 @@ _SAME_ANSWERS = 0.95
 """A fast copy that answers fewer images like the network is no copy, and is not used."""
 _NOISE = 4.0
 """How many times the root mean square of a bfloat16 copy's logit errors a margin must be to be told from 0."""
-
-Precision = Literal["exact", "fp32", "bf16"]
-"""How attacks search: on the network as it is; on a copy with BatchNorm folded; on that copy in bfloat16. Every success
-on a copy is verified on the network itself in float32."""
-
 
 class Deployed(Protocol):
     """A file that answers; a session of :mod:`coldforge.deploy.runtime`."""
@@ -209,48 +204,11 @@ class Ways:
 
 @contextmanager
 def _prepared(search: nn.Module, mode: Backward, verifier: nn.Module | None) -> Iterator[None]:
-    """Weights rounded once, gradients as wanted; the verifier rounds as it is."""
-    judging = attacking(verifier) if verifier is not None and verifier is not search else nullcontext()
-    with judging, attacking(search, mode):
-        yield
-
-
-class _Bfloat16(nn.Module):
-    """A network in bfloat16, its last linear layer in float32: steps of a loss are smaller than bfloat16 can tell."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        last = [m for m in network.modules() if _is_linear(m)][-1:]
-        for layer in last:
-            layer.forward = partial(_in_float32, layer.forward)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """As the network."""
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits: Tensor = self.network(images)
-        return logits.float()
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or (isinstance(module, QuantizedLayer) and not module.is_conv)
-
-
-def _in_float32(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-    with torch.autocast("cpu", enabled=False):
-        return forward(inputs.float())
-
-
-def fast_copy(network: nn.Module, precision: Precision) -> nn.Module:
-    """A copy that computes the same faster, to search on: BatchNorm folded where it can be, channels-last, and in
-    bfloat16 if asked for.
+    """Weights rounded once, gradients as wanted; the verifier rounds as it is. Both stay in evaluation mode, whoever
+    asks them and stops asking meanwhile.
     """
-    try:
-        has_norm = any(isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d) for m in network.modules())
-        copied: nn.Module = fold_batchnorm(network) if has_norm else copy.deepcopy(network)
-    except TraceError:
-        copied = copy.deepcopy(network)
-    for parameter in copied.parameters():
-        parameter.requires_grad_(False)
-    copied = channels_last(copied).eval()
-    return _Bfloat16(copied) if precision == "bf16" else copied
+    judge = verifier if verifier is not None and verifier is not search else None
+    judging = attacking(judge) if judge is not None else nullcontext()
+    still = untouched(judge) if judge is not None else nullcontext()
+    with judging, still, attacking(search, mode), untouched(search):
+        yield
