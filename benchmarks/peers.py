@@ -146,7 +146,7 @@ def compare(
         attack: one of its attacks.
         task: network and images.
         seed: of all random numbers.
-        batch: images in one call; 0: the peer's default. Ours has none: it always queries tiles of 64.
+        batch: images in one call; 0: the peer's default. Ours has none: it queries tiles of 64.
         helped: channels-last and bf16 autocast around the model. For ours that is a search whose successes are
             confirmed in fp32 while it searches; the others only hear what holds in fp32 from the verification.
         folded: give a peer the network with BatchNorm folded, channels-last: the same function in fp32, less time.

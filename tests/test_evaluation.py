@@ -24,6 +24,7 @@ from coldforge.data import DataSplits, load_data
 from coldforge.deploy import export_onnx
 from coldforge.errors import DataError, ModelError, RecipeError, UsageError
 from coldforge.evaluate import Ledger
+from coldforge.evaluate.crew import workers_of
 from coldforge.evaluation import job
 from coldforge.evaluation.job import evaluate_path
 from coldforge.evaluation.request import Request, parse_duration, parse_numbers
@@ -239,7 +240,7 @@ def test_a_file_alone_is_a_black_box(files: Files) -> None:
         assert [attack.name for attack in subject.attacks] == ["square"]
         assert (subject.record.kind, subject.record.weight_bits) == ("onnx", bits)
         assert subject.target.file is not None
-        assert subject.target.file.threads == 2  # type: ignore[attr-defined]
+        assert subject.target.file.threads * workers_of(2, 28 * 28) == 2  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("surrogate", ["folder", "checkpoint"])

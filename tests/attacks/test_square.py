@@ -164,7 +164,7 @@ def test_equals_its_slow_twin(task: tuple[nn.Module, Tensor, Tensor]) -> None:
 def test_pitfall_22_oblong_and_small_images(
     shape: tuple[int, int, int], threat_model: ThreatModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Tiles, "alike", lambda _: False)  # no size of tile is tried: all points are attacks
+    monkeypatch.setattr(Tiles, "alike", lambda *_: False)  # no size of tile is tried: all points are attacks
     images = torch.rand(5, *shape, generator=torch.Generator().manual_seed(0))
     weight = torch.randn(images[0].numel(), generator=torch.Generator().manual_seed(1))
     outside = 0

@@ -39,7 +39,7 @@ def uneven_gradients(model: nn.Module) -> Classifier:
     return lambda x: model(x if len(x) == TILE else x + (x - x.detach()) * 1e-3)
 
 
-@pytest.mark.parametrize("attack", ["pgd-40", "apgd-ce-40", "apgd-t-40-3", "fab-t-40-3", "square-300"])
+@pytest.mark.parametrize("attack", ["pgd-40", "apgd-ce-40", "apgd-t-40-3", "fab-t-100-3", "square-300"])
 def test_the_last_images_are_attacked_in_small_tiles(task: Task, attack: str) -> None:
     model, images, labels = task
     seen, found = shapes_of(attack, model, images, labels)
@@ -61,10 +61,23 @@ def test_a_few_images_do_not_fill_a_whole_tile(task: Task) -> None:
 
 def test_gradients_decide_too(task: Task) -> None:
     model, _, _ = task
-    assert Tiles(model, SHAPE, gradients=True).alike()
-    assert Tiles(uneven_gradients(model), SHAPE, gradients=False).alike()
-    assert not Tiles(uneven_gradients(model), SHAPE, gradients=True).alike()
-    assert not Tiles(uneven(model), SHAPE, gradients=False).alike()
+    for size in range(MULTIPLE, TILE + 1, MULTIPLE):
+        assert Tiles(model, SHAPE, gradients=True).alike(size)
+    assert Tiles(uneven_gradients(model), SHAPE, gradients=False).alike(MULTIPLE)
+    assert not Tiles(uneven_gradients(model), SHAPE, gradients=True).alike(MULTIPLE)
+    assert not Tiles(uneven(model), SHAPE, gradients=False).alike(MULTIPLE)
+
+
+def test_every_size_is_tried_by_itself(task: Task) -> None:
+    model, _, _ = task
+
+    def picky(x: Tensor) -> Tensor:
+        return model(x) * (1.0 + 1e-6 * (len(x) == 24))
+
+    tiles = Tiles(picky, SHAPE, gradients=False)
+    assert tiles.next(TILE, 23, 10_000) == TILE
+    assert tiles.next(TILE, 9, 10_000) == 16
+    assert (tiles.of(17), tiles.of(16), tiles.of(25)) == (TILE, 16, 32)
 
 
 def test_a_network_whose_images_see_each_other_keeps_its_tile(task: Task) -> None:
@@ -77,6 +90,18 @@ def test_a_network_whose_images_see_each_other_keeps_its_tile(task: Task) -> Non
     assert (tiles.next(TILE, 3, 1000), tiles.next(TILE, 3, 1000), tiles.of(3)) == (TILE, TILE, TILE)
 
 
+def test_a_network_that_takes_one_size_only_keeps_it(task: Task) -> None:
+    model, images, labels = task
+
+    def strict(x: Tensor) -> Tensor:
+        if len(x) != TILE:
+            raise ValueError("wants 64")
+        return model(x)
+
+    _, found = shapes_of("pgd-40", strict, images[:3], labels[:3])
+    assert torch.equal(found.adversarial, parse_attack("pgd-40")(model, images[:3], labels[:3], LINF).adversarial)
+
+
 def test_sizes_that_are_worth_it(task: Task) -> None:
     tiles = Tiles(task[0], SHAPE, gradients=True)
     assert tiles.next(TILE, 3, 2) == TILE, "trying takes longer than what is left"
@@ -86,12 +111,18 @@ def test_sizes_that_are_worth_it(task: Task) -> None:
     assert tiles.next(TILE, 3, 2) == MULTIPLE, "known by now"
 
 
+def test_torchscript_networks_are_attacked_too(task: Task) -> None:
+    model, images, labels = task
+    _, found = shapes_of("pgd-6", torch.jit.script(model), images[:9], labels[:9])
+    assert torch.equal(found.fooled, parse_attack("pgd-6")(model, images[:9], labels[:9], LINF).fooled)
+
+
 def test_trying_leaves_the_network_as_it_was(task: Task) -> None:
     model, _, _ = task
     model.train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
-        assert Tiles(model, SHAPE, gradients=True).alike()
+        assert Tiles(model, SHAPE, gradients=True).alike(MULTIPLE)
         assert all(module.training for module in model.modules())
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     finally:

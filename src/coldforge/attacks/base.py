@@ -29,6 +29,8 @@ _DOUBT = 0.01
 """A judge is also asked where the margin is smaller than ever before and than this part of the range of the logits."""
 
 
+_NEARLY = 1.1
+"""Of attacks whose points may leave the ball, margins count up to so many times eps: how near they came."""
 _STEEPEST = 1e15
 """Stands for an infinite slope: its square is finite."""
 
@@ -68,7 +70,7 @@ class AttackResult:
     step: Tensor  # (N,) int64: step of the first success, -1 without
     restart: Tensor  # (N,) int64: restart (or target, from 0) of the first success, -1 without
     queries: Tensor  # (N,) int64: forward passes spent
-    margin: Tensor  # (N,) float32: smallest margin seen inside ball and box
+    margin: Tensor  # (N,) float32: smallest margin seen inside ball and box; of FAB, also a little outside the ball
     finished: Tensor  # (N,) bool: fooled, or attacked to the end; False where it was stopped before
     disputed: Tensor  # (N,) bool: the network was wrong somewhere where the judge was right
     part: Tensor  # (N,) int64: for an ensemble, which of its attacks came first, -1 without
@@ -182,7 +184,7 @@ class Attack(Spec, ABC):
         self.check(threat_model)
         count = len(images)
         names = torch.arange(count) if indices is None else indices
-        result = _empty(images, keep_last)
+        result = empty_result(images, keep_last)
         if count == 0:
             return result
         with untouched(model):
@@ -194,6 +196,7 @@ class Attack(Spec, ABC):
             slots = _empty_slots(images)
             passes, shown = 0, 0.0
             ran = torch.zeros(count)  # runs that ended without success
+            nearly = torch.full((count,), torch.inf)  # smallest margin up to a little outside the ball
             while True:
                 free = (image < 0).nonzero()[:, 0].tolist()[: len(waiting)]
                 if free:
@@ -221,7 +224,7 @@ class Attack(Spec, ABC):
                 if gradient is not None:  # one pixel without a slope must not stop the search in all others
                     slots.gradient = gradient.nan_to_num(nan=0.0, posinf=_STEEPEST, neginf=-_STEEPEST)
                 ended = busy & (slots.step >= self.steps)
-                done = self._judge(slots, image, ended, runs, threat_model, result, judge, keep_last)
+                done = self._judge(slots, image, ended, runs, threat_model, result, judge, keep_last, nearly)
                 ran[image[ended & ~done]] += 1
                 for row in (ended & ~done).nonzero()[:, 0].tolist():
                     waiting.append((int(image[row]), int(slots.run[row]) + 1))
@@ -250,6 +253,7 @@ class Attack(Spec, ABC):
         result: AttackResult,
         judge: Judge | None,
         keep_last: bool,
+        nearly: Tensor,
     ) -> Tensor:
         """Enter what this pass has shown into ``result``; which slots hold images that are done, ``(T,)``."""
         busy = image >= 0
@@ -258,6 +262,8 @@ class Attack(Spec, ABC):
         result.queries[at] += 1
         margin = margins(slots.logits, slots.labels)
         if not self.projects:
+            far = threat_model.size(slots.points - slots.clean) > _NEARLY * threat_model.eps
+            nearly[at] = torch.minimum(nearly[at], margin.masked_fill(far, torch.inf)[rows])
             margin = margin.masked_fill(~threat_model.contains(slots.points, slots.clean), torch.inf)
         lowest = busy & (margin < result.margin[image])
         result.margin[at] = torch.minimum(result.margin[at], margin[rows])
@@ -284,6 +290,7 @@ class Attack(Spec, ABC):
         done = very_last if keep_last else very_last | (busy & result.fooled[image])
         result.finished[image[done]] = True
         over = done.nonzero()[:, 0]
+        result.margin[image[over]] = torch.minimum(result.margin[image[over]], nearly[image[over]])
         if keep_last:
             result.last[image[over]] = slots.points[over]
         standing = over[~result.fooled[image[over]]]
@@ -298,7 +305,8 @@ class Attack(Spec, ABC):
         return float(torch.where(result.finished, 1.0, (parts / runs).clamp_max(1.0)).mean())
 
 
-def _empty(images: Tensor, keep_last: bool) -> AttackResult:
+def empty_result(images: Tensor, keep_last: bool = False) -> AttackResult:
+    """What is known before the first pass."""
     count = len(images)
     return AttackResult(
         fooled=torch.zeros(count, dtype=torch.bool),

@@ -27,24 +27,28 @@ def untouched(model: Classifier) -> Iterator[None]:
     after, every flag is as before.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    training = [module for module in modules if module.training]
-    needed = {p for module in modules for p in module.parameters(recurse=False) if p.requires_grad}
-    observers = [flag for module in modules if (flag := module._buffers.get("observer_enabled")) is not None]
-    observing = [flag.clone() for flag in observers]  # of torch.ao: ranges that move in evaluation mode, too
+    training = [(module, module.training) for module in modules]
+    needed = [(p, p.requires_grad) for module in modules for p in module.parameters(recurse=False)]
+    observers = [module._buffers["observer_enabled"] for module in modules if "observer_enabled" in module._buffers]
+    observing = [(flag, flag.clone()) for flag in observers if flag is not None]  # of torch.ao: ranges that move
     try:
-        for module in training:
-            module.training = False
-        for parameter in needed:
-            parameter.requires_grad_(False)
-        for observer in observers:
+        for module, was in training:  # setting what is set already takes longer than looking
+            if was:
+                module.training = False
+        for parameter, was in needed:
+            if was:
+                parameter.requires_grad_(False)
+        for observer, _ in observing:
             observer.zero_()
         yield
     finally:
-        for module in training:
-            module.training = True
-        for parameter in needed:
-            parameter.requires_grad_(True)
-        for observer, on in zip(observers, observing, strict=True):
+        for module, was in training:
+            if module.training != was:
+                module.training = was
+        for parameter, was in needed:
+            if parameter.requires_grad != was:
+                parameter.requires_grad_(was)
+        for observer, on in observing:
             observer.copy_(on)
 
 

@@ -42,7 +42,7 @@ class Square(Attack):
 
     def sides(self, height: int, width: int, *, least: int = 1) -> Tensor:
         """Side of the square at each step, in pixels, int64 ``(steps,)``."""
-        return _sides(self.steps, self.p_init, height, width, least)
+        return _sides(self.steps, self.p_init, height, width, least).clone()
 
     def start(self, slots: Slots, rows: list[int], threat_model: ThreatModel) -> Tensor:
         """linf: vertical stripes of +-eps; l2: a grid of patches."""
@@ -74,7 +74,7 @@ class Square(Attack):
         better = ((slots.step == 0) | (margin < memory["best"])).nonzero()[:, 0]
         memory["best"][better] = margin[better]
         memory["best_points"][better] = slots.points[better]
-        sides = self.sides(height, width, least=1 if threat_model.norm == "linf" else 3)
+        sides = _sides(self.steps, self.p_init, height, width, 1 if threat_model.norm == "linf" else 3)
         side = sides[slots.step.clamp(0, self.steps - 1)]
         if threat_model.norm == "linf":
             return self._square(slots, side, threat_model)

@@ -2,9 +2,8 @@
 
 Kernels may round differently for different numbers of images, and an image's verdict must not depend on how many others
 there are. So :data:`TILE` images at a time are the rule. Fewer are asked about where no more are left, and only after
-this network was seen to give each image of two smaller tiles the same logits and gradients, to the bit, as in one of
-the usual size: which it does or does not by the kernels that it runs, whatever the pixels. What holds for the smallest
-is taken to hold for those between.
+this network was seen to give each image of such a tile the same logits and gradients, to the bit, as in one of the
+usual size: which it does or does not by the kernels that it runs, whatever the pixels.
 """
 
 from __future__ import annotations
@@ -18,9 +17,8 @@ from coldforge.attacks.query import TILE, Classifier, query, untouched
 
 MULTIPLE = 8
 """Tiles have a multiple of this many images."""
-_TRIED = (MULTIPLE, 5 * MULTIPLE)
 _WORTH = 4
-"""Smaller tiles are tried only where one promises to save so many times the images that trying takes."""
+"""A size is tried only where it promises to save so many times the images that trying it takes."""
 _SHRINK = 0.75
 """A tile is made smaller where at most this part of it is still in use."""
 
@@ -36,7 +34,8 @@ class Tiles:
 
     def __init__(self, model: Classifier, shape: Sequence[int], *, gradients: bool) -> None:
         self._model, self._shape, self._gradients = model, tuple(shape), gradients
-        self._alike: bool | None = None  # not known yet
+        self._usual: list[Tensor] = []  # what a tile of the usual size is answered
+        self._alike: dict[int, bool] = {TILE: True}
 
     def next(self, size: int, busy: int, passes: int) -> int:
         """The size to go on with when nothing waits any more.
@@ -44,31 +43,32 @@ class Tiles:
         Args:
             size: that of now.
             busy: images that are still attacked.
-            passes: how often they will be asked about at most.
+            passes: how often they will be asked about, roughly.
         """
         smaller = _rounded_up(busy)
         if smaller > _SHRINK * size:
             return size
-        if self._alike is None and passes * (size - smaller) < _WORTH * (sum(_TRIED) + TILE):
-            return size
-        return smaller if self.alike() else size
+        trying = 0 if smaller in self._alike else smaller + (0 if self._usual else TILE)
+        return smaller if passes * (size - smaller) >= _WORTH * trying and self.alike(smaller) else size
 
     def of(self, images: int) -> int:
         """The size in which so many images are answered once."""
-        return min(_rounded_up(images), TILE) if self.alike() else TILE
+        size = min(_rounded_up(images), TILE)
+        return size if self.alike(size) else TILE
 
-    def alike(self) -> bool:
-        """Whether each image of a smaller tile gets what it gets in one of the usual size."""
-        if self._alike is None:
+    def alike(self, size: int) -> bool:
+        """Whether each image of a tile of ``size``, a smaller one, gets what it gets in one of the usual size."""
+        if size not in self._alike:
             images = torch.rand(TILE, *self._shape, generator=torch.Generator().manual_seed(0))
             with untouched(self._model):
-                usual = self._ask(images)
-                self._alike = all(
-                    torch.equal(one[:size], other)
-                    for size in _TRIED
-                    for one, other in zip(usual, self._ask(images[:size]), strict=True)
-                )
-        return self._alike
+                self._usual = self._usual or self._ask(images)
+                try:
+                    found = self._ask(images[:size])
+                except Exception:  # foreign code may refuse another size in any way it likes
+                    found = []
+            same = [torch.equal(usual[:size], one) for usual, one in zip(self._usual, found, strict=False)]
+            self._alike[size] = bool(same) and all(same)
+        return self._alike[size]
 
     def _ask(self, images: Tensor) -> list[Tensor]:
         def direction(logits: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import threading
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
@@ -261,6 +262,7 @@ class OpenVinoSession(Session):
             raise UsageError(
                 "the openvino runtime: expected the package openvino, found none; pip install 'coldforge[openvino]'"
             ) from None
+        self._asking = threading.Lock()
         settings = {
             "INFERENCE_NUM_THREADS": self.threads,
             "INFERENCE_PRECISION_HINT": "f32",
@@ -272,7 +274,8 @@ class OpenVinoSession(Session):
             raise ModelError(f"OpenVINO cannot load {self.path}: {error}; use the onnxruntime runtime") from error
 
     def _call(self, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        return np.array(self._compiled([images])[0], dtype=np.float32)
+        with self._asking:  # one request, which one thread at a time can use
+            return np.array(self._compiled([images])[0], dtype=np.float32)
 
     def _layers(self) -> list[tuple[str, str]]:
         infos = [operation.get_rt_info() for operation in self._compiled.get_runtime_model().get_ops()]

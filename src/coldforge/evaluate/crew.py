@@ -1,24 +1,27 @@
 """One attack on many images by several threads, each with images of its own.
 
-An image's result depends on nothing but the image, so who attacks it does not matter. Small networks do not keep several
-threads busy inside one operator; several operators at a time do.
+An image's result depends on nothing but the image, so who attacks it does not matter. Small networks do not keep
+several threads busy inside one operator; several operators at a time do.
 """
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import fields, replace
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import fields
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from coldforge.attacks import TILE, Attack, AttackResult, Classifier, Judge, ThreatModel, untouched
+from coldforge.attacks import TILE, Attack, AttackResult, Classifier, Judge, ThreatModel, predict
+from coldforge.attacks.base import empty_result
+from coldforge.compress.kernels import is_fused
 
-_PIXELS = 2**21
+_VALUES = 2**21
 """Values of the images that all workers together attack at a time, so that large images do not fill the memory."""
-_FEWEST = 8
+_FEWEST = 32
 """Images that are worth a worker."""
 _LOOK_SECONDS = 0.5
 
@@ -27,7 +30,8 @@ def workers_of(threads: int, values: int) -> int:
     """How many workers share ``threads``, for images of so many values. The number of images has no say in it: what an
     operator computes may depend, in its last bit, on how many threads compute it.
     """
-    return max(min(threads, _PIXELS // (TILE * values)), 1)
+    most = max(_VALUES // (TILE * values), 1)
+    return threads // -(-threads // most)
 
 
 def attack_all(
@@ -44,12 +48,20 @@ def attack_all(
     on_done: Callable[[AttackResult, list[int]], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> AttackResult:
-    """As :meth:`Attack.__call__`, with the threads that torch has; the model and the judge are asked by several at a
-    time. The callbacks are called by one at a time.
+    """As :meth:`Attack.__call__`, with the threads that torch has.
+
+    Each worker has a copy of a network. A classifier of another kind and the judge are asked by several at a time; the
+    callbacks are called by one at a time, which may be any. Only one thread of a process calls this at a time, because
+    torch's number of threads, which is lowered meanwhile, is one for all threads that begin.
+
+    A network that answers the same images differently draws random numbers, and is attacked by one worker: with
+    several, no seed would repeat it. So is one whose rounding runs on compiled kernels, which are compiled for each
+    number of threads.
     """
     threads = torch.get_num_threads()
-    workers = workers_of(threads, max(images[0].numel(), 1)) if len(images) else 1
-    if workers == 1:
+    workers = 1 if len(images) == 0 or is_fused() else workers_of(threads, images[0].numel())
+    copies = _copies(model, min(workers, -(-len(images) // _FEWEST)), images) if workers > 1 else None
+    if copies is None:
         return attack(
             model,
             images,
@@ -62,24 +74,20 @@ def attack_all(
             on_done=on_done,
             stop=stop,
         )
-    count = min(workers, -(-len(images) // _FEWEST))
-    shares = [torch.arange(len(images))[worker::count] for worker in range(count)]
-    done = [0.0] * count
+    shares = [torch.arange(len(images))[number :: len(copies)] for number in range(len(copies))]
+    done = [0.0] * len(copies)
     lock, over = threading.Lock(), threading.Event()
-    whole: AttackResult | None = None
+    whole = empty_result(images)
 
-    def enter(found: AttackResult, rows: Tensor, at: Tensor) -> AttackResult:
+    def enter(found: AttackResult, rows: Tensor, at: Tensor) -> None:
         """Rows ``at`` of a worker's result are ``rows`` of the whole."""
-        nonlocal whole
-        whole = whole or _blank(found, len(images))
         for entry in fields(AttackResult):
             values = getattr(found, entry.name)
             if len(values):
                 getattr(whole, entry.name)[rows[at]] = values[at]
-        return whole
 
     def work(number: int) -> None:
-        torch.set_num_threads(threads // workers)  # of this thread; what begins later, too, which is put right below
+        torch.set_num_threads(threads // workers)  # of this thread, and of those that begin later; put back below
         rows = shares[number]
 
         def progress(fraction: float) -> None:
@@ -91,12 +99,12 @@ def attack_all(
         def finished(found: AttackResult, positions: list[int]) -> None:
             with lock:
                 at = torch.tensor(positions)
-                result = enter(found, rows, at)
+                enter(found, rows, at)
                 if on_done is not None:
-                    on_done(result, rows[at].tolist())
+                    on_done(whole, rows[at].tolist())
 
         found = attack(
-            model,
+            copies[number],
             images[rows],
             labels[rows],
             threat_model,
@@ -111,23 +119,28 @@ def attack_all(
             enter(found, rows, torch.arange(len(rows)))
 
     try:
-        with untouched(model), ThreadPoolExecutor(count) as pool:
-            jobs = [pool.submit(work, number) for number in range(count)]
+        with ThreadPoolExecutor(len(copies)) as pool:
             try:
-                left = set(jobs)
+                left: set[Future[None]] = {pool.submit(work, number) for number in range(len(copies))}
                 while left:  # looking up now and then, so that Ctrl-C is heard
-                    ended, left = wait(left, timeout=_LOOK_SECONDS)
+                    ended, left = wait(left, timeout=_LOOK_SECONDS, return_when=FIRST_EXCEPTION)
                     for job in ended:
                         job.result()
             finally:
                 over.set()
     finally:
         torch.set_num_threads(threads)
-    assert whole is not None
     return whole
 
 
-def _blank(like: AttackResult, count: int) -> AttackResult:
-    tensors = {entry.name: getattr(like, entry.name) for entry in fields(AttackResult)}
-    blank = {name: tensor.new_zeros(count, *tensor.shape[1:]) for name, tensor in tensors.items() if len(tensor)}
-    return replace(like, **blank)
+def _copies(model: Classifier, count: int, images: Tensor) -> list[Classifier] | None:
+    """One for each worker; None: it cannot be asked by several."""
+    few = images[:_FEWEST]
+    if not torch.equal(predict(model, few), predict(model, few)):
+        return None
+    if not isinstance(model, nn.Module):
+        return [model] * count
+    try:
+        return [model, *(copy.deepcopy(model) for _ in range(count - 1))]
+    except Exception:  # foreign code may refuse to be copied in any way it likes
+        return None

@@ -125,7 +125,14 @@ def find_adversarial(
             rows = (~result.fooled & way.is_worth_it(result.margin)).nonzero()[:, 0]
         with way.context():
             found = attack_all(
-                part, way.model, images[rows], labels[rows], threat_model, seed=seed, indices=names[rows], judge=way.judge
+                part,
+                way.model,
+                images[rows],
+                labels[rows],
+                threat_model,
+                seed=seed,
+                indices=names[rows],
+                judge=way.judge,
             )
         result = found if result is None else merge(result, found, rows, number)
     assert result is not None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from coldforge.attacks import Attack, Classifier, Judge, Tiles, parse_attack, predict, untouched
@@ -32,6 +32,7 @@ _SAME_ANSWERS = 0.95
 """A fast copy that answers fewer images like the network is no copy, and is not used."""
 _NOISE = 4.0
 """How many times the root mean square of a bfloat16 copy's logit errors a margin must be to be told from 0."""
+
 
 class Deployed(Protocol):
     """A file that answers; a session of :mod:`coldforge.deploy.runtime`."""
@@ -108,6 +109,7 @@ class Ways:
         self._target, self._images, self._precision = target, images, precision
         self._copies: dict[tuple[int, Precision], nn.Module] = {}
         self._noise: dict[int, float] = {}  # of bfloat16 copies that are in use
+        self._asking = threading.Lock()
         self._tiles = None if target.network is None else Tiles(target.network, images.shape[1:], gradients=False)
 
     def of(self, attack: Attack) -> list[Way]:
@@ -176,7 +178,9 @@ class Ways:
             return self._target.file.labels(points)
         assert self._target.network is not None
         assert self._tiles is not None
-        return predict(self._target.network, points, tile=self._tiles.of(len(points))).argmax(1)
+        with self._asking:  # several threads search, and foreign code may keep what it computes
+            tile = self._tiles.of(len(points))
+            return predict(self._target.network, points, tile=tile).argmax(1)
 
     def _copy(self, network: nn.Module, precision: Precision, *, apart: bool) -> nn.Module:
         """Where to search; ``apart``: never the network itself, because it must judge at the same time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from coldforge.data import DataSplits, ImageSet, load_data
 from coldforge.deploy import OnnxSession
 from coldforge.errors import DataError, ModelError, UsageError
 from coldforge.evaluate import Target
+from coldforge.evaluate.crew import workers_of
 from coldforge.evaluation.request import ATTACKS, BLACK_BOX_ATTACKS, NetworkRequest, Request, parse_numbers
 from coldforge.models import channels_last, check_classifier, load_weights, model_source, normalized
 from coldforge.models.checkpoints import SUFFIXES
@@ -85,7 +87,8 @@ def load_subject(path: Path, request: Request, *, threads: int) -> Subject:
     if kind in ("folder", "onnx"):
         # one thread beside a network: the threads of a second runtime would spin between its calls and slow the search
         alone = network is None and surrogate is None
-        file = OnnxSession(path / "model.onnx" if kind == "folder" else path, threads=threads if alone else 1)
+        asking = workers_of(threads, math.prod(data.image_shape))
+        file = OnnxSession(path / "model.onnx" if kind == "folder" else path, threads=threads // asking if alone else 1)
         _check(_FileAsModule(file), data, str(path))
         notes += _names_differ(file, data)
     surrogates = {"the surrogate": surrogate.module} if surrogate else {}

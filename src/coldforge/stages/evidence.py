@@ -27,6 +27,8 @@ PROBE_IMAGES = 256
 LATENCY_BATCHES = (1, 64)
 LATENCY_SECONDS = 1.0
 _PGD20 = parse_pgd("pgd-20")
+_SEARCH = 2
+"""Raised when attacks of the same settings find other points."""
 _PANEL_PASSES = 1500
 """Forward passes that the masking panel takes for an image, roughly."""
 
@@ -104,6 +106,7 @@ def evaluate(shop: Shop, network: Stage, what: str, *, parent: Stage, file: Stag
         recipe.threat_model,
         recipe.evaluate.n,
         recipe.seed,
+        _SEARCH,
     ]
     if file is not None:
         spec.append(versions().get("onnxruntime", ""))
@@ -135,7 +138,7 @@ def masking(shop: Shop, network: Stage, what: str, *, file: Stage) -> Stage:
         )
         write_atomic(folder / "result.json", found.model_dump_json(indent=1) + "\n")
 
-    spec = [recipe.threat_model, recipe.evaluate.masking_n, recipe.seed, versions().get("onnxruntime", "")]
+    spec = [recipe.threat_model, recipe.evaluate.masking_n, recipe.seed, _SEARCH, versions().get("onnxruntime", "")]
     macs = 4.0 * _PANEL_PASSES * recipe.evaluate.masking_n * shop.small_macs()
     return shop.declare("masking", f"masking panel: {what}", spec, [network, file], build, reads="evaluated", macs=macs)
 
