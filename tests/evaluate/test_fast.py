@@ -1,4 +1,4 @@
-"""The convolution over one channel that fast copies have: the same function, and the same gradient."""
+"""The convolutions that fast copies have, over one channel or with a ReLU behind: same function, same gradient."""
 
 from __future__ import annotations
 

@@ -4,8 +4,9 @@ Croce and Hein, *Minimally distorted adversarial examples with a fast adaptive b
 1907.02044), algorithm 1, targeted form of AutoAttack, linf. Deviations: an image leaves as soon as a point inside the
 ball is misclassified, since a smaller one would not change the verdict; every point is judged; the logits of a point
 that is not adversarial serve its gradient too, so that such a step takes one forward pass (the published code: two);
-where a judge contradicts the network, the boundary is sought as far behind as he demands; the projection onto a
-hyperplane inside the box is solved by Newton's method, not by sorting.
+it is remembered how near points outside the ball came, so that a search in bfloat16 can be repeated in float32; where a
+judge contradicts the network, the boundary is sought as far behind as he demands; the projection onto a hyperplane
+inside the box is solved by Newton's method, not by sorting.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import fields
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -58,22 +59,12 @@ def attack_all(
     several, no seed would repeat it. So is one whose rounding runs on compiled kernels, which are compiled for each
     number of threads.
     """
+    search = partial(attack, threat_model=threat_model, seed=seed, judge=judge)
     threads = torch.get_num_threads()
     workers = 1 if len(images) == 0 or is_fused() else workers_of(threads, images[0].numel())
     copies = _copies(model, min(workers, -(-len(images) // _FEWEST)), images) if workers > 1 else None
     if copies is None:
-        return attack(
-            model,
-            images,
-            labels,
-            threat_model,
-            seed=seed,
-            indices=indices,
-            judge=judge,
-            on_progress=on_progress,
-            on_done=on_done,
-            stop=stop,
-        )
+        return search(model, images, labels, indices=indices, on_progress=on_progress, on_done=on_done, stop=stop)
     shares = [torch.arange(len(images))[number :: len(copies)] for number in range(len(copies))]
     done = [0.0] * len(copies)
     lock, over = threading.Lock(), threading.Event()
@@ -103,14 +94,11 @@ def attack_all(
                 if on_done is not None:
                     on_done(whole, rows[at].tolist())
 
-        found = attack(
+        found = search(
             copies[number],
             images[rows],
             labels[rows],
-            threat_model,
-            seed=seed,
             indices=indices[rows],
-            judge=judge,
             on_progress=progress,
             on_done=finished,
             stop=lambda: over.is_set() or (stop is not None and stop()),

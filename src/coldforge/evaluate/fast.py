@@ -80,7 +80,7 @@ class _Convolution(torch.autograd.Function):
     """A convolution, with the ReLU behind it if there is one: one pass over memory instead of two, to the same bits.
 
     The gradient by an image of one channel is a product of matrices and a sum of shifted images: in the usual form one
-    channel fills no vector, and an eighth of an attack's time goes there.
+    channel fills no vector.
     """
 
     @staticmethod
