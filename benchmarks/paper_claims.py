@@ -32,6 +32,11 @@ _MEASURES: dict[str, Callable[[Point], tuple[float, int]]] = {
 }
 
 
+def student_t95(degrees: int) -> float:
+    """Two-sided 95 % point of Student's t."""
+    return _T95.get(degrees, 1.96)
+
+
 class Missing(Exception):
     """Points that a claim needs are not there."""
 
@@ -107,7 +112,7 @@ def difference(first: Sequence[Point], second: Sequence[Point], measure: str) ->
     half = 1.96 * math.sqrt(images)
     if len(seeds) > 1:
         apart = statistics.stdev(ours[seed] - theirs[seed] for seed in seeds)
-        half = math.hypot(half, _T95.get(len(seeds) - 1, 1.96) * apart / math.sqrt(len(seeds)))
+        half = math.hypot(half, student_t95(len(seeds) - 1) * apart / math.sqrt(len(seeds)))
     return Difference(mean, other, mean - other - half, mean - other + half)
 
 

@@ -5,8 +5,9 @@
     python scripts/update_readme.py                                 # writes docs/paper.md from it
 
 For each data set: DATA.csv, the points of all sweeps given so far (a sweep takes the place of what was there of its
-data set, protocol and attack); DATA.svg and DATA.png, the figure; DATA.json, the verdicts. Without sweeps these are
-made anew from the points. A sweep that is still at work may be given, too: what is missing is then said to be missing.
+data set, protocol, attack and seeds, so that seeds may be added one by one: `coldforge sweep FILE --seeds 1`); DATA.svg
+and DATA.png, the figure; DATA.json, the verdicts. Without sweeps these are made anew from the points. A sweep that is
+still at work may be given, too: what is missing is then said to be missing.
 """
 
 from __future__ import annotations

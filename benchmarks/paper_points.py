@@ -113,13 +113,15 @@ def _point(row: Row, trained: Row, data: str, attack: str, compression: Compress
 
 
 def read_sweeps(folders: Iterable[Path]) -> tuple[list[Point], dict[str, dict[str, object]]]:
-    """The points of some sweeps; and of each sweep how far it is and what sharing saved."""
+    """The points of some sweeps; and of each sweep (name and seeds) how far it is and what sharing saved."""
     points, told = [], {}
     for folder in folders:
         sweep = load_results(folder)
         found = points_of(sweep)
         points += found
-        told[sweep.name] = {
+        seeds = ", ".join(map(str, sweep.seeds))
+        told[f"{sweep.name}, seed{'s' * (len(sweep.seeds) > 1)} {seeds}"] = {
+            "recipe": sweep.name,
             "data": found[0].data,
             "trials": sweep.trials,
             "finished": len(sweep.finished),
@@ -156,9 +158,9 @@ def save_points(points: Iterable[Point], path: Path) -> None:
 
 
 def merged(old: Iterable[Point], new: Sequence[Point]) -> list[Point]:
-    """All points; new ones take the place of all old ones of their data, protocol and attack."""
-    replaced = {point.case for point in new}
-    return [point for point in old if point.case not in replaced] + list(new)
+    """All points; new ones take the place of all old ones of their data, protocol, attack and seed."""
+    replaced = {(point.case, point.seed) for point in new}
+    return [point for point in old if (point.case, point.seed) not in replaced] + list(new)
 
 
 @dataclass(frozen=True)

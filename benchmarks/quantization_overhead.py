@@ -4,7 +4,7 @@
     python benchmarks/quantization_overhead.py --table
 
 Training steps (forward, cross-entropy, backward to all weights) of one pruned network on one batch: in float, and
-fake-quantized to int8 by ours (compiled kernels, as training uses them, and uncompiled), by torch's own operators on
+fake-quantized to int8 by ours (as training does, with compiled kernels and without), by torch's own operators on
 fixed grids (see plain.py), by Brevitas and by torchao's pt2e flow for x86, the last two as their documentation has it.
 All quantize the same float network with BatchNorm folded and get the same channels-last images; all in turns, in
 float32 and, where the CPU has it, under bf16 autocast. The overhead is relative to the float network in the same
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from turns import Record, Run, arguments_of, chosen, installed, judged, version
 
-from coldforge.compress import fused
+from coldforge.compress import fused, rectified
 from coldforge.compress.graph import fold_batchnorm
 from coldforge.measure import measure_latency
 from coldforge.models import channels_last
@@ -106,10 +106,13 @@ def race(name: str, ratio: float, precision: str, contenders: list[str], batch: 
     images = channels_last(networks.images[:batch])
     labels = torch.arange(len(images)) % CLASSES
     calls, skipped = {}, {}
+    rectifying = contextlib.ExitStack()
     for who in contenders:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             network = quantized_by(who, networks.parent, networks.twin, images)
+            if who.startswith("ours"):
+                rectifying.enter_context(rectified(network))
 
         def call(network: nn.Module = network, compiled: bool = who == "ours") -> None:
             step(network, images, labels, bf16=precision == "bf16", compiled=compiled)

@@ -4,7 +4,7 @@
 A table stands between `<!-- KIND: PATH -->` and `<!-- end -->`. PATH is a file, from the root of the repository. KIND
 is `table` (a record.json), `clipping`, `attack_parity`, `attack_peers`, `attack_speed`, `int4` (by the benchmarks of
 that name), `sweep` (the table.csv of a sweep), `sweep_seconds`, `sweep_sizes`, `sweep_trials` or `sweep_workers` (by
-sweep_scale), `paper_figure`, `paper_claims` or `paper_readings` (by paper_figure), one of the tables of
+sweep_scale), `recipe_results` (a folder), `paper_figure`, `paper_claims` or `paper_readings` (by paper_figure), one of the tables of
 benchmarks/tables.py, or `goals`, whose PATH is the folder of the records. Where there is no record yet, it says so.
 """
 
@@ -27,9 +27,10 @@ from coldforge.report.table import headline, summary_markdown
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import recipe_results  # noqa: E402
 import tables  # noqa: E402
 
-DOCS = ("architecture", "evidence", "int4", "paper", "performance", "recipes", "scale")
+DOCS = ("architecture", "evidence", "int4", "paper", "performance", "recipes", "results", "scale")
 PAGES = ("README.md", "results/README.md", "benchmarks/README.md", *(f"docs/{name}.md" for name in DOCS))
 TABLE = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -38,7 +39,7 @@ def filled(text: str) -> str:
     """The page with every table made anew from its file."""
     kinds = {"table": stages, "clipping": clipping, "int4": int4, "goals": goals}
     kinds |= {"attack_parity": attack_parity, "attack_peers": attack_peers, "attack_speed": attack_speed}
-    kinds |= {"sweep": sweep}
+    kinds |= {"sweep": sweep, "recipe_results": recipe_results.table}
     kinds |= {"sweep_seconds": sweep_seconds, "sweep_sizes": sweep_sizes}
     kinds |= {"sweep_trials": sweep_trials, "sweep_workers": sweep_workers}
     kinds |= {kind: partial(benchmark, table) for kind, table in tables.TABLES.items()}
@@ -231,7 +232,7 @@ def paper_figure(path: Path) -> str:
     for name, sweep in json.loads(path.read_text(encoding="utf-8"))["sweeps"].items():
         share = sweep["macs"] / sweep["macs_alone"]
         lines.append(
-            f"- `recipes/{name}.toml`: {sweep['finished']} of {sweep['trials']} trials, {sweep['distinct']:,} stages "
+            f"- `recipes/{sweep['recipe']}.toml`{name.removeprefix(sweep['recipe'])}: {sweep['finished']} of {sweep['trials']} trials, {sweep['distinct']:,} stages "
             f"in place of {sweep['alone']:,}, {100 * share:.0f} % of the multiply-adds of independent trials."
         )
         lines += [f"  - Not there: {failure}." for failure in sweep["failures"]]

@@ -34,6 +34,7 @@ def sweep(
     workers: int = 0,
     address: str = "",
     set_: Annotated[tuple[str, ...], Parameter(name="--set", show_default=False)] = (),
+    seeds: Annotated[tuple[int, ...], Parameter(show_default=False)] = (),
     out: Path | None = None,
     retry_failed: bool = False,
     dry_run: bool = False,
@@ -52,6 +53,7 @@ def sweep(
         workers: trials at a time; 0: the processors divided by the threads of a trial.
         address: of a Ray cluster; without it a local one is started.
         set_: change a key of the recipe in all trials, such as evaluate.n=100; may be repeated. Axes win.
+        seeds: these, in place of the file's, such as --seeds 0; may be repeated.
         out: folder for the records, the table and report.html; default ./sweep-NAME.
         retry_failed: try again what failed before.
         dry_run: only show the trials, what is shared, what is there already and what the rest will take.
@@ -66,7 +68,7 @@ def sweep(
     from coldforge.sweep.plan import plan_of
     from coldforge.sweep.table import load_results, write_tables
 
-    spec = load_sweep(file, overrides=set_)
+    spec = load_sweep(file, overrides=set_, seeds=seeds)
     folder = out or Path(f"sweep-{spec.name}")
     trials = expand(spec)
     workshop = RecipeWorkshop(Store())

@@ -61,6 +61,9 @@ def test_the_plan_shows_what_is_shared(swept, capsys):
     assert plan["kinds"]["finetune"] == [2, 2]
     assert plan["finished"] == 2
     assert plan["macs"] < plan["macs_alone"]
+    assert main([*words, "--dry-run", "--json", "--seeds", "3", "--seeds", "4"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["trials"] == [f"prune.ratio={ratio} seed={seed}" for ratio in (0.5, 0.75) for seed in (3, 4)]
     assert main([*words, "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "shared by 2 trials: baseline: train" in out

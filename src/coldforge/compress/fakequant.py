@@ -8,14 +8,16 @@ ICLR 2020, eq. 3 and section 2.2); gradients pass the rounding straight through 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from coldforge.compress.graph import set_module
 from coldforge.compress.kernels import gradients, is_fused, round_to_grid
 from coldforge.errors import ModelError
 
@@ -31,42 +33,52 @@ class _FakeQuantize(torch.autograd.Function):
 
     A value is inside the range if it rounds to a code without being clipped: half a step beyond the outermost codes
     still counts. (Black pixels lie exactly on the lowest code; with a hard border they could not move under attack.)
-    Written in few passes over memory, which is what this costs on a CPU: ``hardtanh_backward`` is a masked copy.
+    With ``rectify`` the range ends at 0, as that of the ReLU whose work this does. Written in few passes over memory,
+    which is what this costs on a CPU: ``hardtanh_backward`` is a masked copy.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, step: Tensor, zero: int, qmin: int, qmax: int, grad_scale: float, backward: Backward
+        ctx: Any,
+        x: Tensor,
+        step: Tensor,
+        zero: int,
+        qmin: int,
+        qmax: int,
+        grad_scale: float,
+        backward: Backward,
+        rectify: bool,
     ) -> Tensor:
         scaled = x / step.to(x.dtype)
-        ctx.low, ctx.high, ctx.grad_scale = qmin - zero, qmax - zero, grad_scale
+        low, high = qmin - zero, qmax - zero
+        ctx.grad_scale, ctx.inside = grad_scale, _inside(low, high, rectify)
+        ctx.passed = ctx.inside if backward == "clipped" else (0.0, torch.inf)
         ctx.learns_step = ctx.needs_input_grad[1]
-        ctx.clips = backward == "clipped" and ctx.needs_input_grad[0]
+        ctx.clips = ctx.needs_input_grad[0] and (rectify or backward == "clipped")
         if ctx.learns_step:
-            codes = torch.round(scaled).clamp_(ctx.low, ctx.high)
+            codes = torch.round(scaled).clamp_(low, high)
             ctx.save_for_backward(scaled, codes, step)
             return codes * step.to(x.dtype)
         if ctx.clips:
             ctx.save_for_backward(scaled)
-            return torch.round(scaled).clamp_(ctx.low, ctx.high).mul_(step.to(x.dtype))
-        return scaled.round_().clamp_(ctx.low, ctx.high).mul_(step.to(x.dtype))
+            return torch.round(scaled).clamp_(low, high).mul_(step.to(x.dtype))
+        return scaled.round_().clamp_(low, high).mul_(step.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         if not (ctx.learns_step or ctx.clips):
-            return grad, None, None, None, None, None, None
+            return grad, *[None] * 7
         scaled = ctx.saved_tensors[0]
-        low, high = ctx.low - 0.5, ctx.high + 0.5
-        grad_x = torch.ops.aten.hardtanh_backward(grad, scaled, low, high) if ctx.clips else grad
+        grad_x = torch.ops.aten.hardtanh_backward(grad, scaled, *ctx.passed) if ctx.clips else grad
         grad_step = None
         if ctx.learns_step:
             _, codes, step = ctx.saved_tensors
-            slope = codes - torch.ops.aten.hardtanh_backward(scaled, scaled, low, high)
+            slope = codes - torch.ops.aten.hardtanh_backward(scaled, scaled, *ctx.inside)
             product = slope.mul_(grad)
             total = product.sum() if step.numel() == 1 else product.flatten(1).sum(1)
             grad_step = (total.float() * ctx.grad_scale).view_as(step)
-        return grad_x, grad_step, None, None, None, None, None
+        return grad_x, grad_step, *[None] * 6
 
 
 class _FusedFakeQuantize(torch.autograd.Function):
@@ -74,24 +86,42 @@ class _FusedFakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, step: Tensor, zero: int, qmin: int, qmax: int, grad_scale: float, backward: Backward
+        ctx: Any,
+        x: Tensor,
+        step: Tensor,
+        zero: int,
+        qmin: int,
+        qmax: int,
+        grad_scale: float,
+        backward: Backward,
+        rectify: bool,
     ) -> Tensor:
-        ctx.range, ctx.grad_scale = (float(qmin - zero), float(qmax - zero)), grad_scale
-        ctx.clips = backward == "clipped"
-        if ctx.clips or ctx.needs_input_grad[1]:
+        ctx.codes, ctx.grad_scale = (float(qmin - zero), float(qmax - zero)), grad_scale
+        ctx.inside = _inside(*ctx.codes, rectify)
+        ctx.clips, ctx.rectify = backward == "clipped", rectify
+        if ctx.clips or rectify or ctx.needs_input_grad[1]:
             ctx.save_for_backward(x, step)
-        return round_to_grid(x, step, *ctx.range)
+        return round_to_grid(x, step, *ctx.codes)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         learns_step = ctx.needs_input_grad[1]
-        if not (ctx.clips or learns_step):
-            return grad, None, None, None, None, None, None
+        if not (ctx.clips or ctx.rectify or learns_step):
+            return grad, *[None] * 7
         x, step = ctx.saved_tensors
-        grad_x, grad_step = gradients(grad, x, step, *ctx.range)
-        scaled = grad_step * ctx.grad_scale if learns_step else None
-        return grad_x if ctx.clips else grad, scaled, None, None, None, None, None
+        grad_x = grad_step = None
+        if ctx.clips or learns_step:
+            grad_x, grad_step = gradients(grad, x, step, *ctx.codes, *ctx.inside)
+        if not ctx.clips:
+            grad_x = torch.ops.aten.threshold_backward(grad, x, 0) if ctx.rectify else grad
+        scaled = grad_step * ctx.grad_scale if learns_step and grad_step is not None else None
+        return grad_x, scaled, *[None] * 6
+
+
+def _inside(low: float, high: float, rectify: bool) -> tuple[float, float]:
+    """Between which codes, both excluded, a value counts as not clipped."""
+    return 0.0 if rectify else low - 0.5, high + 0.5
 
 
 class _Binarize(torch.autograd.Function):
@@ -133,6 +163,7 @@ def fake_quantize(
     qmax: int,
     grad_scale: float = 1.0,
     backward: Backward = "clipped",
+    rectify: bool = False,
 ) -> Tensor:
     """Round ``x`` to the grid ``step * (code - zero)``, ``qmin <= code <= qmax``, half to even.
 
@@ -145,12 +176,16 @@ def fake_quantize(
         grad_scale: factor of the gradient of ``step`` (LSQ section 2.2).
         backward: ``"clipped"`` lets gradients pass only where ``x`` is inside the range (the straight-through
             estimator); ``"pass_through"`` lets them pass everywhere (BPDA, Athalye et al. 2018), for attacks.
+        rectify: ``x`` is what a ReLU would have read, whose work is done here, too, with its gradient of 0 at and below
+            0; for a lowest code of ``zero``.
 
     Returns:
         A tensor like ``x``.
     """
     function = _FusedFakeQuantize if is_fused() and step.ndim == 0 else _FakeQuantize
-    result: Tensor = function.apply(x, step, zero, qmin, qmax, grad_scale, backward)  # type: ignore[no-untyped-call]
+    result: Tensor = function.apply(  # type: ignore[no-untyped-call]
+        x, step, zero, qmin, qmax, grad_scale, backward, rectify
+    )
     return result
 
 
@@ -170,6 +205,8 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
         self.backward_mode: Backward = "clipped"
         self.observing = False
+        self.rectifies = False
+        """Reads what a ReLU would read, and does its work (:func:`rectified`)."""
         self._zero = -1  # zero_point as a Python number, read once
 
     @property
@@ -210,7 +247,7 @@ class ActivationQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(N, ...)`` to the same shape."""
         if self.observing or self.backward_mode == "unrounded":
-            return x
+            return F.relu(x) if self.rectifies else x
         features = max(x.numel() // max(len(x), 1), 1)
         return fake_quantize(
             x,
@@ -220,6 +257,7 @@ class ActivationQuantizer(nn.Module):
             qmax=self.qmax,
             grad_scale=(features * self.qmax) ** -0.5,
             backward=self.backward_mode,
+            rectify=self.rectifies,
         )
 
     def extra_repr(self) -> str:
@@ -336,3 +374,36 @@ def attacking(model: nn.Module, backward: Backward = "pass_through") -> Iterator
             layer._cached = weight_and_bias
         for quantizer, mode in zip(quantizers, before, strict=True):
             quantizer.backward_mode = mode
+
+
+@contextmanager
+def rectified(network: nn.Module) -> Iterator[None]:
+    """Inside, a quantizer that alone reads a ReLU does its work: one pass over memory each way instead of two.
+
+    Rounding to codes from 0 upwards cuts off what is below 0 anyway. The network computes the same, and its gradients
+    are the same; for training. A network that was not traced is left as it is.
+    """
+    pairs = list(_relus_before_quantizers(network)) if isinstance(network, fx.GraphModule) else []
+    relus = {name: network.get_submodule(name) for name, _ in pairs}
+    try:
+        for name, quantizer in pairs:
+            set_module(network, name, nn.Identity())
+            quantizer.rectifies = True
+        yield
+    finally:
+        for name, quantizer in pairs:
+            set_module(network, name, relus[name])
+            quantizer.rectifies = False
+
+
+def _relus_before_quantizers(network: fx.GraphModule) -> Iterator[tuple[str, ActivationQuantizer]]:
+    modules = dict(network.named_modules())
+    calls = Counter(str(node.target) for node in network.graph.nodes if node.op == "call_module")
+    for node in network.graph.nodes:
+        if node.op != "call_module" or type(modules[str(node.target)]) is not nn.ReLU or len(node.users) != 1:
+            continue
+        (reader,) = node.users
+        quantizer = modules.get(str(reader.target)) if reader.op == "call_module" else None
+        once = calls[str(node.target)] == 1 and calls[str(reader.target)] == 1
+        if isinstance(quantizer, ActivationQuantizer) and once and quantizer.zero == quantizer.qmin:
+            yield str(node.target), quantizer

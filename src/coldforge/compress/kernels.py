@@ -47,7 +47,7 @@ def _compiles() -> bool:
         with torch.no_grad():
             for dtype in (torch.bfloat16, torch.float32):
                 some = torch.linspace(-3, 3, 64, dtype=dtype)
-                gradients(some, round_to_grid(some, step, 0.0, 2.0), step, 0.0, 2.0)
+                gradients(some, round_to_grid(some, step, 0.0, 2.0), step, 0.0, 2.0, -0.5, 2.5)
     except Exception as error:  # a compiler without headers, without OpenMP, without a folder to write to
         warnings.warn(f"fake quantization runs uncompiled, more slowly: {str(error).strip()[:200]}", stacklevel=2)
         return False
@@ -72,27 +72,41 @@ def round_to_grid(x: Tensor, step: Tensor, low: float, high: float) -> Tensor:
         return _shaped(_compiled(_round)(_flat(x, x), step.detach(), *_borders(low, high)), x)
 
 
-def gradients(grad: Tensor, x: Tensor, step: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`round_to_grid`: by ``x``, straight through inside the range; by ``step``, as in LSQ."""
+def gradients(
+    grad: Tensor, x: Tensor, step: Tensor, low: float, high: float, first: float, last: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`round_to_grid`: by ``x``, straight through inside the range; by ``step``, as in LSQ.
+
+    Args:
+        grad: of the result.
+        x: as given to it, like ``step``, ``low`` and ``high``.
+        step: shape ().
+        low: smallest code less the code of 0.
+        high: largest code less the code of 0.
+        first: ``x / step`` is inside the range above this, which may be less than ``low``,
+        last: and below this.
+    """
     with torch.no_grad():
-        borders = _borders(low, high)
+        borders = _borders(low, high, first, last)
         grad_x, grad_step = _compiled(_gradients)(_flat(grad, x), _flat(x, x), step.detach(), *borders)
         return _shaped(grad_x, x), grad_step
 
 
 @functools.cache
-def _borders(low: float, high: float) -> tuple[Tensor, Tensor]:
+def _borders(*borders: float) -> tuple[Tensor, ...]:
     """As tensors: numbers would be compiled in, and torch gives up on a function after a few of them."""
-    return torch.tensor(low), torch.tensor(high)
+    return tuple(map(torch.tensor, borders))
 
 
 def _round(x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return (torch.round(x.float() / step).clamp(low, high) * step).to(x.dtype)
 
 
-def _gradients(grad: Tensor, x: Tensor, step: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+def _gradients(
+    grad: Tensor, x: Tensor, step: Tensor, low: Tensor, high: Tensor, first: Tensor, last: Tensor
+) -> tuple[Tensor, Tensor]:
     scaled = x.float() / step
-    inside = (scaled > low - 0.5) & (scaled < high + 0.5)
+    inside = (scaled > first) & (scaled < last)
     codes = torch.round(scaled).clamp(low, high)
     slope = torch.where(inside, codes - scaled, codes)
     return torch.where(inside, grad, 0.0), (slope * grad.float()).sum()

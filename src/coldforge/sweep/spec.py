@@ -127,12 +127,13 @@ def say(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def load_sweep(path: str | Path, *, overrides: Iterable[str] = ()) -> SweepSpec:
+def load_sweep(path: str | Path, *, overrides: Iterable[str] = (), seeds: Sequence[int] = ()) -> SweepSpec:
     """Read a sweep file.
 
     Args:
         path: a TOML file.
-        overrides: texts such as ``"finetune.epochs=5"``, added to ``[set]``; axes and seeds stay as they are.
+        overrides: texts such as ``"finetune.epochs=5"``, added to ``[set]``; axes stay as they are.
+        seeds: in place of the file's; none: the file's.
 
     Raises:
         RecipeError: it is missing, is no TOML, or has a key or value that is not known.
@@ -150,6 +151,8 @@ def load_sweep(path: str | Path, *, overrides: Iterable[str] = ()) -> SweepSpec:
         table["recipe"] = str(path.parent / recipe)
     if changes := dict(map(parse_override, overrides)):
         table["set"] = {**table.get("set", {}), **changes}
+    if seeds:
+        table["seeds"] = list(seeds)
     try:
         return SweepSpec.model_validate(table)
     except ValidationError as error:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from coldforge.attacks import InnerAttack, ThreatModel, parse_inner, perturb
-from coldforge.compress import QuantizedLayer, attacking, fused, set_bits
+from coldforge.compress import QuantizedLayer, attacking, fused, rectified, set_bits
 from coldforge.data import DataSplits, epoch_batches, steps_per_epoch
 from coldforge.errors import CollapseError, RecipeError, TrainingError
 from coldforge.evaluate import BACKWARDS
@@ -233,6 +233,18 @@ class _Attempt:
         Raises:
             Collapse: this way does not lead there.
         """
+        spec = self._spec
+        with rectified(self._network):
+            state = self._run()
+        self._network.load_state_dict(state.best)
+        notes = state.notes
+        if spec.keep == "best" or spec.ema:
+            notes = (*notes, f"kept {state.chosen}, the best on the validation part")
+        network = copy.deepcopy(self._network).eval()  # uncompiled
+        return TrainResult(network, state.curve, self.seconds, self.macs, notes)
+
+    def _run(self) -> TrainState:
+        """All steps and epochs; the state at their end."""
         spec, data, state = self._spec, self._data, self._state
         step, epoch_loss, saved = state.step, state.epoch_loss, time.monotonic()
         while step < self._total:
@@ -259,12 +271,7 @@ class _Attempt:
                 if self._shelf.lasts and time.monotonic() - saved > CHECKPOINT_SECONDS:
                     saved = time.monotonic()
                     self._shelf.put(self._at(state, step, epoch_loss))
-        self._network.load_state_dict(state.best)
-        notes = state.notes
-        if spec.keep == "best" or spec.ema:
-            notes = (*notes, f"kept {state.chosen}, the best on the validation part")
-        network = copy.deepcopy(self._network).eval()  # uncompiled
-        return TrainResult(network, state.curve, self.seconds, self.macs, notes)
+        return state
 
     def _step(self, step: int, batch: Tensor, labels: Tensor, indices: Tensor) -> float:
         """One step of the optimizer on a batch, of which this process computes its share; the loss."""

@@ -1,0 +1,280 @@
+"""What do compressed and adversarially fine-tuned networks hold under the standard ensemble, beside the dense reference?
+
+    coldforge sweep recipes/results-fashion-mnist.toml
+    python benchmarks/recipe_results.py sweep-results-fashion-mnist [--n 1000] [--only "half, 4 bits" 0] [--keep 0]
+    python scripts/update_readme.py      # writes docs/results.md from it
+
+For each trial of the sweep that is finished: its file is attacked by `coldforge evaluate --attack autoattack` (both kinds of
+gradients, transfer from the float twin, Square on the file) and looked at by the masking panel. What is found is kept in
+results/recipes/, a file for each network, image by image, so that differences are paired; a sweep with other seeds, or of
+another day, adds to it. The folders of the seeds named by --keep go to results/artifacts/, so that anybody can attack them.
+
+A network is skipped when its file was attacked like that already; an attack that was stopped goes on with the image where
+it stopped. --only takes beginnings of labels, and seeds. The ensemble takes from ten minutes to half an hour a network at
+one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import shutil
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from attacks_parity import from_hex, to_hex
+from paper_claims import student_t95
+
+from coldforge.evaluate import paired_interval
+from coldforge.evaluation import evaluate_path
+from coldforge.evaluation.request import Request
+from coldforge.records import EvaluationRecord, StageRecord
+from coldforge.sealed import write_atomic
+from coldforge.store import Store
+from coldforge.sweep import RecipeWorkshop, Trial
+from coldforge.sweep.plan import trial_of
+from coldforge.sweep.table import load_results
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, ARTIFACTS = ROOT / "results" / "recipes", ROOT / "results" / "artifacts"
+ATTACK = "autoattack"
+KEPT = ("record.json", "recipe.toml", "model.onnx", "model/model.safetensors", "model/structure.json")
+"""Of a folder of `coldforge run`, what an attack needs."""
+Found = dict[str, Any]
+"""What is kept of one network."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A row is to be at most so far below another."""
+
+    row: str
+    against: str
+    points: float
+
+
+REFERENCE = "R: dense, PGD-7, 15 epochs"
+GOALS = (
+    Goal("half, 8 bits, 3 epochs", REFERENCE, 1.0),
+    Goal("quarter, 8 bits, 3 epochs", REFERENCE, 4.0),
+    Goal("half, 4 bits, 3 epochs", "half, 8 bits, 3 epochs", 0.5),
+    Goal("half, 2-bit weights, 4-bit activations, 5 epochs", "half, 8 bits, 5 epochs", 2.0),
+    Goal("half, 2 bits, 10 epochs", "half, 8 bits, 10 epochs", 6.0),
+    Goal("half, 1-bit weights, 4-bit activations, 10 epochs", "half, 8 bits, 10 epochs", 8.0),
+    Goal("quarter, 4 bits, 5 epochs", REFERENCE, 5.0),
+)
+CHEAP = ("half, 8 bits, 3 epochs", 0.1)
+"""A row, and at most what part of the reference's multiply-adds its training may take."""
+
+
+# --- attacking -------------------------------------------------------------------------------------------------------
+
+
+def slug(label: str) -> str:
+    """A label as the name of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
+
+
+def attacked(trial: Trial, sweep: Path, *, n: int, threads: int, data: str) -> tuple[Found, Path]:
+    """Write the trial's folder, attack its file, and say what was found."""
+    folder = sweep / "trials" / trial.id
+    record = RecipeWorkshop(Store()).write_folder(trial, folder)
+    out = folder / f"evaluation-{ATTACK}-{n}"
+    request = Request(attack=(ATTACK,), n=n, threads=threads, seed=trial.seed)
+    command = " ".join(["coldforge evaluate", folder.name, *request.words()])
+    evaluation = evaluate_path(folder, request, out=out, command=command)
+    ledger = pq.read_table(out / "ledger.parquet").to_pydict()
+    stands = [right and not fooled for right, fooled in zip(ledger["clean_right"], ledger[f"{ATTACK}:fooled"], strict=True)]
+    return _found(trial, data, record.stages, evaluation, torch.tensor(stands[:n])), folder
+
+
+def _found(
+    trial: Trial, data: str, stages: Sequence[StageRecord], evaluation: EvaluationRecord, stands: torch.Tensor
+) -> Found:
+    by_name = {stage.name: stage for stage in stages}
+    artifact = by_name["artifact"]
+    trained = [by_name[name] for name in ("compressed", "tuned") if name in by_name] if "tuned" in by_name else stages[:1]
+    return {
+        "data": data,
+        "row": trial.point["row"],
+        "seed": trial.seed,
+        "sha256": evaluation.target.sha256,
+        "pruned": artifact.pruning_ratio.achieved,
+        "weight_bits": artifact.weight_bits,
+        "activation_bits": artifact.activation_bits,
+        "params": artifact.params,
+        "macs": artifact.macs,
+        "size_bytes": artifact.size_bytes,
+        "packed_bytes": artifact.packed_bytes,
+        "train_macs": sum(stage.train_macs for stage in trained),
+        "train_seconds": sum(stage.train_seconds for stage in trained),
+        "clean_accuracy": evaluation.clean_accuracy,
+        "n_clean": evaluation.n,
+        "n": evaluation.attacked.n,
+        "robust_accuracy": evaluation.robust_accuracy["worst_case"],
+        "stands": to_hex(stands),
+        "broken_by": evaluation.broken_by[ATTACK],
+        "masking": evaluation.masking.verdict,
+        "failed_checks": [check.name for check in evaluation.masking.checks if not check.passed],
+        "attack": evaluation.attacks[ATTACK],
+        "eps": evaluation.threat_model.eps,
+        "seconds": evaluation.seconds,
+        "notes": list(evaluation.notes),
+        "provenance": evaluation.provenance,
+    }
+
+
+def keep_artifact(folder: Path, target: Path) -> None:
+    """Copy what an attack needs, a few hundred kilobytes."""
+    for name in KEPT:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, target / name)
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path = RESULTS) -> list[Found]:
+    """All networks, sorted."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+
+
+def difference(first: Sequence[Found], second: Sequence[Found]) -> tuple[float, float, float, int]:
+    """Robust accuracy of one row minus another's in points, its 95 % interval, and the number of seeds.
+
+    With one seed the interval is that of paired images. With several, the mean over seeds that both have; the interval is
+    that of the images (paired, the mean of the seeds' widths divided by the root of their number would be too narrow, as
+    all have seen the same images: it is not divided) and that of the seeds (Student's t), added in squares.
+    """
+    ours, theirs = ({found["seed"]: found for found in row} for row in (first, second))
+    seeds = sorted(ours.keys() & theirs.keys())
+    gaps, widths = [], []
+    for seed in seeds:
+        n = min(ours[seed]["n"], theirs[seed]["n"])
+        a, b = (from_hex(row[seed]["stands"], row[seed]["n"])[:n] for row in (ours, theirs))
+        low, high = paired_interval(int(np.sum(a & ~b)), int(np.sum(b & ~a)), n)
+        gaps.append(100 * (float(a.mean()) - float(b.mean())))
+        widths.append(100 * (high - low) / 2)
+    mean, width = statistics.fmean(gaps), statistics.fmean(widths)
+    if len(seeds) > 1:
+        among = student_t95(len(seeds) - 1) * statistics.stdev(gaps) / math.sqrt(len(seeds))
+        width = math.hypot(width, among)
+    return mean, mean - width, mean + width, len(seeds)
+
+
+def table(folder: Path = RESULTS, data: str = "fashion-mnist") -> str:
+    """All rows, and each goal with what became of it."""
+    rows: dict[str, list[Found]] = {}
+    for found in load(folder):
+        if found["data"] == data:
+            rows.setdefault(found["row"], []).append(found)
+    if not rows:
+        return "*Not computed yet.*"
+    order = [REFERENCE, *(name for goal in GOALS for name in (goal.against, goal.row))]
+    names = sorted(rows, key=lambda name: (order.index(name) if name in order else len(order), name))
+    lines = [
+        "| network | seeds | clean % | worst case % | AutoAttack's parts, images broken | masking | training, 10¹² MACs | packed |",
+        "|---|---:|---:|---:|---|---|---:|---:|",
+    ]
+    lines += [_line(name, rows[name]) for name in names]
+    return "\n".join([*lines, "", *_verdicts(rows)])
+
+
+def _line(name: str, row: Sequence[Found]) -> str:
+    clean, robust = ([100 * found[what] for found in row] for what in ("clean_accuracy", "robust_accuracy"))
+    parts: dict[str, list[int]] = {}
+    for found in row:
+        for part, count in found["broken_by"].items():
+            parts.setdefault(part, []).append(count)
+    broken = ", ".join(f"{part} {sum(counts)}" for part, counts in parts.items())
+    verdicts = ", ".join(sorted({_masking(found) for found in row}))
+    return (
+        f"| {name} | {len(row)} | {_spread(clean)} | {_spread(robust)} | {broken} | {verdicts} "
+        f"| {statistics.fmean(found['train_macs'] for found in row) / 1e12:.1f} | {row[0]['packed_bytes'] / 1000:.0f} KB |"
+    )
+
+
+def _masking(found: Found) -> str:
+    return found["masking"] + (f" ({', '.join(found['failed_checks'])})" if found["failed_checks"] else "")
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = f"{statistics.fmean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def _verdicts(rows: dict[str, list[Found]]) -> Iterator[str]:
+    yield "| network | beside | goal, points | difference, points | seeds | met |"
+    yield "|---|---|---:|---|---:|---|"
+    for goal in GOALS:
+        ours, theirs = rows.get(goal.row, []), rows.get(goal.against, [])
+        if not {found["seed"] for found in ours} & {found["seed"] for found in theirs}:
+            yield f"| {goal.row} | {goal.against} | ≥ −{goal.points:g} | not computed yet | | |"
+            continue
+        mean, low, high, seeds = difference(ours, theirs)
+        met = "yes" if mean >= -goal.points else "no"
+        yield (
+            f"| {goal.row} | {goal.against} | ≥ −{goal.points:g} | {mean:+.1f} [{low:+.1f}, {high:+.1f}] "
+            f"| {seeds} | {met} |"
+        )
+    name, share = CHEAP
+    if name in rows and REFERENCE in rows:
+        spent = statistics.fmean(found["train_macs"] for found in rows[name])
+        whole = statistics.fmean(found["train_macs"] for found in rows[REFERENCE])
+        yield ""
+        yield (
+            f"Training of “{name}”: {100 * spent / whole:.1f} % of the reference's multiply-adds "
+            f"(goal: at most {100 * share:.0f} %)."
+        )
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def wanted(label: str, seed: int, only: Sequence[str]) -> bool:
+    """Whether ``only`` has a beginning of the label, and the seed, where it has any of their kind."""
+    labels, seeds = [word for word in only if not word.isdigit()], [int(word) for word in only if word.isdigit()]
+    return (not labels or any(label.startswith(word) for word in labels)) and (not seeds or seed in seeds)
+
+
+def main() -> None:
+    """Attack what is finished and not attacked yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweeps", nargs="*", type=Path, help="folders of `coldforge sweep`")
+    parser.add_argument("--n", type=int, default=1000, help="test images to attack")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="beginnings of labels, and seeds")
+    parser.add_argument("--keep", nargs="*", type=int, default=[0], help="seeds whose folders go to results/artifacts")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", action="store_true", help="print the table and attack nothing")
+    arguments = parser.parse_args()
+    for sweep in [] if arguments.table else arguments.sweeps:
+        results = load_results(sweep)
+        for trial in (trial_of(sweep, name) for name in results.finished):
+            label = str(trial.point["row"])
+            data = trial.recipe.data.source.partition(":")[0]
+            path = RESULTS / f"{data}-{slug(label)}-{trial.seed}.json"
+            old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"n": 0, "trial": ""}
+            done = old["trial"] == trial.id and old["n"] >= arguments.n
+            if done or not wanted(label, trial.seed, arguments.only):
+                continue
+            before = next(row for row in results.rows if row["trial"] == trial.id and row["name"] == "artifact")
+            print(f"{trial.label}: PGD-20 {100 * before['robust:worst_case']:.1f} %", flush=True)
+            found, folder = attacked(trial, sweep, n=arguments.n, threads=arguments.threads, data=data)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, json.dumps({**found, "trial": trial.id}, indent=1) + "\n")
+            if trial.seed in arguments.keep:
+                keep_artifact(folder, ARTIFACTS / path.stem)
+            print(f"  {ATTACK} {100 * found['robust_accuracy']:.1f} %, {found['masking']}, {found['seconds']:.0f} s", flush=True)
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
