@@ -1,16 +1,17 @@
-"""What do compressed and adversarially fine-tuned networks hold under the standard ensemble, beside the dense reference?
+"""What do compressed, adversarially fine-tuned networks hold under the standard ensemble, beside the dense reference?
 
     coldforge sweep recipes/results-fashion-mnist.toml
     python benchmarks/recipe_results.py sweep-results-fashion-mnist [--n 1000] [--only "half, 4 bits" 0] [--keep 0]
     python scripts/update_readme.py      # writes docs/results.md from it
 
-For each trial of the sweep that is finished: its file is attacked by `coldforge evaluate --attack autoattack` (both kinds of
-gradients, transfer from the float twin, Square on the file) and looked at by the masking panel. What is found is kept in
-results/recipes/, a file for each network, image by image, so that differences are paired; a sweep with other seeds, or of
-another day, adds to it. The folders of the seeds named by --keep go to results/artifacts/, so that anybody can attack them.
+For each trial of the sweep that is finished: its file is attacked by `coldforge evaluate --attack autoattack` (both
+kinds of gradients, transfer from the float twin, Square on the file) and looked at by the masking panel. What is found
+is kept in results/recipes/, a file for each network, image by image, so that differences are paired; a sweep with other
+seeds, or of another day, adds to it. The folders of the seeds named by --keep go to results/artifacts/, so that anybody
+can attack them.
 
-A network is skipped when its file was attacked like that already; an attack that was stopped goes on with the image where
-it stopped. --only takes beginnings of labels, and seeds. The ensemble takes from ten minutes to half an hour a network at
+A network is skipped when it was attacked like that already; an attack that was stopped goes on with the image where it
+stopped. --only takes beginnings of labels, and seeds. The ensemble takes from ten minutes to half an hour a network at
 one thread.
 """
 
@@ -92,8 +93,8 @@ def attacked(trial: Trial, sweep: Path, *, n: int, threads: int, data: str) -> t
     command = " ".join(["coldforge evaluate", folder.name, *request.words()])
     evaluation = evaluate_path(folder, request, out=out, command=command)
     ledger = pq.read_table(out / "ledger.parquet").to_pydict()
-    stands = [right and not fooled for right, fooled in zip(ledger["clean_right"], ledger[f"{ATTACK}:fooled"], strict=True)]
-    return _found(trial, data, record.stages, evaluation, torch.tensor(stands[:n])), folder
+    fooled = torch.tensor([bool(fooled) for fooled in ledger[f"{ATTACK}:fooled"][:n]])  # wrong when clean counts, too
+    return _found(trial, data, record.stages, evaluation, ~fooled), folder
 
 
 def _found(
@@ -101,7 +102,8 @@ def _found(
 ) -> Found:
     by_name = {stage.name: stage for stage in stages}
     artifact = by_name["artifact"]
-    trained = [by_name[name] for name in ("compressed", "tuned") if name in by_name] if "tuned" in by_name else stages[:1]
+    made = ("compressed", "tuned") if "tuned" in by_name else ("baseline",)
+    trained = [by_name[name] for name in made if name in by_name]
     return {
         "data": data,
         "row": trial.point["row"],
@@ -150,9 +152,9 @@ def load(folder: Path = RESULTS) -> list[Found]:
 def difference(first: Sequence[Found], second: Sequence[Found]) -> tuple[float, float, float, int]:
     """Robust accuracy of one row minus another's in points, its 95 % interval, and the number of seeds.
 
-    With one seed the interval is that of paired images. With several, the mean over seeds that both have; the interval is
-    that of the images (paired, the mean of the seeds' widths divided by the root of their number would be too narrow, as
-    all have seen the same images: it is not divided) and that of the seeds (Student's t), added in squares.
+    With one seed the interval is that of paired images. With several it is the mean over the seeds that both have, and
+    its interval has two parts, added in squares: that of the images, the same for all seeds and so not narrower than
+    with one; and that of the seeds (Student's t).
     """
     ours, theirs = ({found["seed"]: found for found in row} for row in (first, second))
     seeds = sorted(ours.keys() & theirs.keys())
@@ -181,7 +183,7 @@ def table(folder: Path = RESULTS, data: str = "fashion-mnist") -> str:
     order = [REFERENCE, *(name for goal in GOALS for name in (goal.against, goal.row))]
     names = sorted(rows, key=lambda name: (order.index(name) if name in order else len(order), name))
     lines = [
-        "| network | seeds | clean % | worst case % | AutoAttack's parts, images broken | masking | training, 10¹² MACs | packed |",
+        "| network | seeds | clean % | worst case % | images broken by | masking | training, 10¹² MACs | packed |",
         "|---|---:|---:|---:|---|---|---:|---:|",
     ]
     lines += [_line(name, rows[name]) for name in names]
@@ -196,9 +198,10 @@ def _line(name: str, row: Sequence[Found]) -> str:
             parts.setdefault(part, []).append(count)
     broken = ", ".join(f"{part} {sum(counts)}" for part, counts in parts.items())
     verdicts = ", ".join(sorted({_masking(found) for found in row}))
+    macs = statistics.fmean(found["train_macs"] for found in row) / 1e12
     return (
         f"| {name} | {len(row)} | {_spread(clean)} | {_spread(robust)} | {broken} | {verdicts} "
-        f"| {statistics.fmean(found['train_macs'] for found in row) / 1e12:.1f} | {row[0]['packed_bytes'] / 1000:.0f} KB |"
+        f"| {macs:.1f} | {row[0]['packed_bytes'] / 1000:.0f} KB |"
     )
 
 
@@ -272,7 +275,8 @@ def main() -> None:
             write_atomic(path, json.dumps({**found, "trial": trial.id}, indent=1) + "\n")
             if trial.seed in arguments.keep:
                 keep_artifact(folder, ARTIFACTS / path.stem)
-            print(f"  {ATTACK} {100 * found['robust_accuracy']:.1f} %, {found['masking']}, {found['seconds']:.0f} s", flush=True)
+            held = f"{ATTACK} {100 * found['robust_accuracy']:.1f} %"
+            print(f"  {held}, {found['masking']}, {found['seconds']:.0f} s", flush=True)
     print(table())
 
 

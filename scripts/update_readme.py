@@ -4,8 +4,9 @@
 A table stands between `<!-- KIND: PATH -->` and `<!-- end -->`. PATH is a file, from the root of the repository. KIND
 is `table` (a record.json), `clipping`, `attack_parity`, `attack_peers`, `attack_speed`, `int4` (by the benchmarks of
 that name), `sweep` (the table.csv of a sweep), `sweep_seconds`, `sweep_sizes`, `sweep_trials` or `sweep_workers` (by
-sweep_scale), `recipe_results` (a folder), `paper_figure`, `paper_claims` or `paper_readings` (by paper_figure), one of the tables of
-benchmarks/tables.py, or `goals`, whose PATH is the folder of the records. Where there is no record yet, it says so.
+sweep_scale), `paper_figure`, `paper_claims` or `paper_readings` (by paper_figure), one of the tables of
+benchmarks/tables.py, or, with the folder of the records as PATH, `recipe_results` or `goals`. Where there is no record
+yet, it says so.
 """
 
 from __future__ import annotations
@@ -230,10 +231,11 @@ def paper_figure(path: Path) -> str:
         return NOT_COMPUTED
     lines = [f"![The paper's figure, computed here](../results/paper/{path.stem}.svg)", ""]
     for name, sweep in json.loads(path.read_text(encoding="utf-8"))["sweeps"].items():
-        share = sweep["macs"] / sweep["macs_alone"]
+        recipe, share = sweep["recipe"], sweep["macs"] / sweep["macs_alone"]
         lines.append(
-            f"- `recipes/{sweep['recipe']}.toml`{name.removeprefix(sweep['recipe'])}: {sweep['finished']} of {sweep['trials']} trials, {sweep['distinct']:,} stages "
-            f"in place of {sweep['alone']:,}, {100 * share:.0f} % of the multiply-adds of independent trials."
+            f"- `recipes/{recipe}.toml`{name.removeprefix(recipe)}: {sweep['finished']} of {sweep['trials']} trials, "
+            f"{sweep['distinct']:,} stages in place of {sweep['alone']:,}, {100 * share:.0f} % of the multiply-adds of "
+            "independent trials."
         )
         lines += [f"  - Not there: {failure}." for failure in sweep["failures"]]
     return "\n".join(lines)

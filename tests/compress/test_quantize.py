@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from coldforge.compress.fakequant import ActivationQuantizer, QuantizedLayer, attacking
+from coldforge.compress import fused
+from coldforge.compress.fakequant import ActivationQuantizer, QuantizedLayer, attacking, rectified
 from coldforge.compress.quantize import calibrate, insert_quantizers, quantize, weight_bit_widths
 from coldforge.errors import ModelError, TraceError
-from coldforge.models import normalized
+from coldforge.models import model_source, normalized
 from coldforge.models.zoo import OptionAShortcut, resnet20
+from coldforge.provenance import cpp_compiler
 from coldforge.recipe import QuantizeSpec
 
 Build = Callable[..., nn.Module]
@@ -553,3 +556,57 @@ def test_what_cannot_be_quantized_is_named(model: nn.Module, message: str) -> No
     with pytest.raises(TraceError, match=message):
         quantize(model, spec(), some_images(4))
     assert quantize(model, spec(32), some_images(4)) is not model  # the way out that the message names
+
+
+# --- ReLU in the pass of the quantizer --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("mode", ["clipped", "pass_through", "unrounded"])
+@pytest.mark.parametrize("name", ["cnn8", "resnet20"])
+def test_a_quantizer_that_does_the_work_of_the_relu_before_it(name, mode, compiled) -> None:
+    if compiled and cpp_compiler() is None:
+        pytest.skip("no C++ compiler: nothing can be compiled")
+    torch.manual_seed(0)
+    shape = (1, 28, 28) if name == "cnn8" else (3, 32, 32)
+    images = torch.rand(8, *shape)
+    bare = model_source(f"zoo:{name}", image_shape=shape, num_classes=10).build(0)
+    network = quantize(normalized(bare, (0.5,) * shape[0], (0.3,) * shape[0]).eval(), QuantizeSpec(), images)
+    relus = [module for module in network.modules() if type(module) is nn.ReLU]
+
+    def everything() -> list[torch.Tensor]:
+        pixels = images.clone().requires_grad_()
+        with attacking(network, mode) if mode != "clipped" else nullcontext(), fused(compiled):
+            loss = nn.functional.cross_entropy(network(pixels), torch.arange(8))
+        learned = [p for p in network.parameters() if p.requires_grad and mode == "clipped"]
+        return [loss, *torch.autograd.grad(loss, [pixels, *learned], allow_unused=True)]
+
+    before = everything()
+    with rectified(network):
+        left = [module for module in network.modules() if type(module) is nn.ReLU]
+        inside = everything()
+    assert len(relus) > 5
+    assert not left, "all of these have a quantizer behind them"
+    for one, other in zip(before, inside, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+    assert torch.equal(before[1], inside[1]), "what an attack sees is the same to the bit"
+    assert [module for module in network.modules() if type(module) is nn.ReLU] == relus
+    assert torch.equal(everything()[0], before[0])
+
+
+def test_a_relu_with_another_reader_keeps_its_work() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.relu, self.linear = nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(self.relu(self.relu(self.conv(x)).amax((2, 3))))
+
+    images = torch.rand(4, 1, 8, 8)
+    network = quantize(normalized(Twice(), (0.5,), (0.3,)).eval(), QuantizeSpec(), images)
+    with rectified(network):
+        assert any(type(module) is nn.ReLU for module in network.modules()), "it is called twice"
+    with rectified(nn.Sequential(nn.Linear(2, 2), nn.ReLU())) as nothing:
+        assert nothing is None

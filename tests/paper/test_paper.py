@@ -309,7 +309,7 @@ def test_points_come_back_from_their_table(tmp_path) -> None:
     literal = synthetic(protocol="literal", attack="pgd-20-paper")
     fewer = [dataclasses.replace(p, robust=0.0) for p in points if p.seed == 0 and p.level != 8]
     others = [p for p in points if p.seed]
-    assert set(merged([*points, *literal], fewer)) == {*literal, *others, *fewer}, "replaced: what is of its kind and seed"
+    assert set(merged([*points, *literal], fewer)) == {*literal, *others, *fewer}, "its kind and seed"
 
 
 def test_the_figure_and_the_verdicts_are_written(tmp_path) -> None:

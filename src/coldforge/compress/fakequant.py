@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from coldforge.compress.graph import set_module
-from coldforge.compress.kernels import gradients, is_fused, round_to_grid
+from coldforge.compress.kernels import dense, gradients, is_fused, round_to_grid, takes
 from coldforge.errors import ModelError
 
 Backward = Literal["pass_through", "clipped", "unrounded"]
@@ -49,6 +49,7 @@ class _FakeQuantize(torch.autograd.Function):
         backward: Backward,
         rectify: bool,
     ) -> Tensor:
+        step = step.clamp_min(_SMALLEST_STEP)
         scaled = x / step.to(x.dtype)
         low, high = qmin - zero, qmax - zero
         ctx.grad_scale, ctx.inside = grad_scale, _inside(low, high, rectify)
@@ -82,7 +83,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 class _FusedFakeQuantize(torch.autograd.Function):
-    """The same for one step, in one pass over memory each way (:mod:`coldforge.compress.kernels`)."""
+    """The same in one pass over memory each way (:mod:`coldforge.compress.kernels`)."""
 
     @staticmethod
     def forward(
@@ -96,12 +97,13 @@ class _FusedFakeQuantize(torch.autograd.Function):
         backward: Backward,
         rectify: bool,
     ) -> Tensor:
-        ctx.codes, ctx.grad_scale = (float(qmin - zero), float(qmax - zero)), grad_scale
-        ctx.inside = _inside(*ctx.codes, rectify)
+        codes = float(qmin - zero), float(qmax - zero)
+        ctx.borders, ctx.grad_scale = (*codes, *_inside(*codes, rectify)), grad_scale
         ctx.clips, ctx.rectify = backward == "clipped", rectify
+        x, step = dense(x), step.clamp_min(_SMALLEST_STEP)
         if ctx.clips or rectify or ctx.needs_input_grad[1]:
             ctx.save_for_backward(x, step)
-        return round_to_grid(x, step, *ctx.codes)
+        return round_to_grid(x, step, *codes)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -112,11 +114,12 @@ class _FusedFakeQuantize(torch.autograd.Function):
         x, step = ctx.saved_tensors
         grad_x = grad_step = None
         if ctx.clips or learns_step:
-            grad_x, grad_step = gradients(grad, x, step, *ctx.codes, *ctx.inside)
+            grad_x, grad_step = gradients(grad, x, step, ctx.borders, by_x=ctx.clips)
         if not ctx.clips:
             grad_x = torch.ops.aten.threshold_backward(grad, x, 0) if ctx.rectify else grad
-        scaled = grad_step * ctx.grad_scale if learns_step and grad_step is not None else None
-        return grad_x, scaled, *[None] * 6
+        if grad_step is not None:
+            grad_step = grad_step * ctx.grad_scale if learns_step else None
+        return grad_x, grad_step, *[None] * 6
 
 
 def _inside(low: float, high: float, rectify: bool) -> tuple[float, float]:
@@ -140,6 +143,18 @@ class _Binarize(torch.autograd.Function):
         codes, step = ctx.saved_tensors
         total = (codes * grad).flatten(1).sum(1).float() * ctx.grad_scale
         return grad, total.view_as(step), None
+
+
+class _RoundBias(torch.autograd.Function):
+    """``grid * round(bias / grid)``; the gradient passes straight through to the bias."""
+
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor, grid: Tensor) -> Tensor:
+        return torch.round(bias / grid).mul_(grid)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None
 
 
 def binarize(x: Tensor, step: Tensor, *, grad_scale: float = 1.0) -> Tensor:
@@ -169,7 +184,8 @@ def fake_quantize(
 
     Args:
         x: any shape.
-        step: grid spacing, of shape () or broadcastable to ``x`` along its first dimension, positive.
+        step: grid spacing, of shape () or broadcastable to ``x`` along its first dimension; one that has become
+            negligible or negative counts as tiny, with the gradient of a positive one.
         zero: the code of the value 0.
         qmin: smallest code.
         qmax: largest code.
@@ -182,7 +198,7 @@ def fake_quantize(
     Returns:
         A tensor like ``x``.
     """
-    function = _FusedFakeQuantize if is_fused() and step.ndim == 0 else _FakeQuantize
+    function = _FusedFakeQuantize if is_fused() and takes(x, step) else _FakeQuantize
     result: Tensor = function.apply(  # type: ignore[no-untyped-call]
         x, step, zero, qmin, qmax, grad_scale, backward, rectify
     )
@@ -251,7 +267,7 @@ class ActivationQuantizer(nn.Module):
         features = max(x.numel() // max(len(x), 1), 1)
         return fake_quantize(
             x,
-            self.step.clamp_min(_SMALLEST_STEP),
+            self.step,
             zero=self.zero,
             qmin=self.qmin,
             qmax=self.qmax,
@@ -303,10 +319,10 @@ class QuantizedLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """The weight on its grid, of the weight's shape."""
-        step = self._column(self.weight_step.clamp_min(_SMALLEST_STEP))
-        grad_scale = (self.weight[0].numel() * self.qmax) ** -0.5
+        step = self._column(self.weight_step)
+        grad_scale = (self.weight.numel() // len(self.weight) * self.qmax) ** -0.5
         if self.bits == 1:
-            return binarize(self.weight, step, grad_scale=grad_scale)
+            return binarize(self.weight, step.clamp_min(_SMALLEST_STEP), grad_scale=grad_scale)
         return fake_quantize(self.weight, step, qmin=-self.qmax, qmax=self.qmax, grad_scale=grad_scale)
 
     def accumulator_step(self) -> Tensor:
@@ -316,9 +332,8 @@ class QuantizedLayer(nn.Module):
 
     def quantized_bias(self) -> Tensor:
         """The bias on the accumulator's grid, ``(C,)``; gradients pass straight through."""
-        grid = self.accumulator_step()
-        rounded = torch.round(self.bias.detach() / grid) * grid
-        return self.bias + (rounded - self.bias.detach())
+        result: Tensor = _RoundBias.apply(self.bias, self.accumulator_step())  # type: ignore[no-untyped-call]
+        return result
 
     def weight_codes(self) -> Tensor:
         """Integer weights, int32, of the weight's shape."""

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from coldforge.attacks import TILE, Attack, AttackResult, Classifier, Judge, ThreatModel, predict
 from coldforge.attacks.base import empty_result
-from coldforge.compress.kernels import is_fused
 
 _VALUES = 2**21
 """Values of the images that all workers together attack at a time, so that large images do not fill the memory."""
@@ -61,7 +60,7 @@ def attack_all(
     """
     search = partial(attack, threat_model=threat_model, seed=seed, judge=judge)
     threads = torch.get_num_threads()
-    workers = 1 if len(images) == 0 or is_fused() else workers_of(threads, images[0].numel())
+    workers = 1 if len(images) == 0 else workers_of(threads, images[0].numel())
     copies = _copies(model, min(workers, -(-len(images) // _FEWEST)), images) if workers > 1 else None
     if copies is None:
         return search(model, images, labels, indices=indices, on_progress=on_progress, on_done=on_done, stop=stop)

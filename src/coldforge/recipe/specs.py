@@ -183,9 +183,9 @@ class ComputeSpec(Spec):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Training precision; auto is bf16 where the CPU computes it in hardware. Verdicts are always fp32."""
     compile: Literal["auto", "off", "kernels", "network"] = "auto"
-    """What training compiles with torch.compile: "kernels" is the arithmetic of fake quantization (seconds), "network"
-    also whole networks in floating point (minutes; for long trainings); auto is kernels where there is a C++ compiler.
-    """
+    """What training compiles: "kernels" is the arithmetic of fake quantization (a second, once a machine), "network"
+    with torch.compile also whole networks in floating point (minutes; for long trainings); auto is kernels where there
+    is a C++ compiler."""
     device: Literal["cpu"] = "cpu"
     """Where to train; the CPU is the only choice so far."""
     devices: int = Field(default=1, ge=1)
