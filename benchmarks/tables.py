@@ -187,6 +187,10 @@ def goals(records: Mapping[str, Contents]) -> str:
             (f"latency, {where_}: times the own quantizer", f"{own['times_faster']:.2f}", {**own, "sign": "≥"}),
             (f"share of the int8 peak, {where_}", f"{row['share_of_peak']:.0%}", {**row["share"], "sign": "≥"}),
         ]
+        for other in _same_file_in_openvino(records["latency"], row):
+            times = other["times_faster_than_eager"]
+            judged = {"goal": row["goal"], "met": row["goal"] is not None and times >= row["goal"], "sign": "≥"}
+            found.append((f"latency, {where_}: times eager PyTorch, the file in OpenVINO", f"{times:.1f}", judged))
     for run in records.get("main_job", _NONE)["runs"]:
         row = next(row for row in run["rows"] if row["who"] == "by hand")
         what = f"whole main job, {run['fraction']:.0%} of the images: times by hand"
@@ -200,6 +204,23 @@ def goals(records: Mapping[str, Contents]) -> str:
     return markdown(["what", "found", "goal"], rows) if rows else NOT_YET
 
 
+def _same_file_in_openvino(record: Contents, row: Contents) -> list[Contents]:
+    same = row["network"], row["batch"], "int8, openvino"
+    return [r for run in record["runs"] for r in run["rows"] if (r["network"], r["batch"], r["what"]) == same]
+
+
+def profiles(record: Contents) -> str:
+    """What part each kind of operation has of a step."""
+    kinds = list(dict.fromkeys(kind for run in record["runs"] for row in run["rows"] for kind in row["shares"]))
+    rows = []
+    for run in record["runs"]:
+        for row in run["rows"]:
+            parts = [row["shares"][kind] for kind in kinds]
+            shown = [f"{part:.0%}" for part in (*parts, 1 - sum(parts))]
+            rows.append([run["network"], run["step"], row["way"], f"{1e3 * row['median_s']:.1f}", *shown])
+    return f"{markdown(['network', 'step', 'who', 'ms', *kinds, 'the rest'], rows, 3)}\n\n{where(record)}."
+
+
 TABLES: dict[str, Callable[[Contents], str]] = {
     "training_speed": training_speed,
     "quantization_overhead": quantization_overhead,
@@ -208,5 +229,6 @@ TABLES: dict[str, Callable[[Contents], str]] = {
     "main_job": main_job,
     "startup": startup,
     "memory": memory,
+    "profiles": profiles,
 }
 """Kind of a table, which for most is the name of a record: the table as Markdown."""

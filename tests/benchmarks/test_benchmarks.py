@@ -12,6 +12,7 @@ import latency
 import main_job
 import memory
 import plain
+import profiles
 import pytest
 import quantization_overhead
 import startup
@@ -99,7 +100,7 @@ def test_the_plain_attack_stays_in_ball_and_box_and_leaves_gradients_on_weights(
 def timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is measured here, so calls are not repeated."""
     once = functools.partial(measure_latency, min_repeats=1, warmup=0, settle=0.0, turn=0.0)
-    for module in (latency, main_job, quantization_overhead):
+    for module in (latency, main_job, profiles, quantization_overhead):
         monkeypatch.setattr(module, "measure_latency", lambda calls, seconds: once(calls, seconds=0.0))
 
 
@@ -130,11 +131,24 @@ def test_training_speed_says_where_cifar10_is_looked_for(monkeypatch: pytest.Mon
 
 
 def test_quantization_overhead(tmp_path: Path) -> None:
-    there = [who for who in quantization_overhead.CONTENDERS if who != "ours"]  # compiles for seconds
-    there = [who for who in there if importlib.util.find_spec(quantization_overhead.CONTENDERS[who])]
+    there = [who for who in quantization_overhead.CONTENDERS if importlib.util.find_spec(quantization_overhead.CONTENDERS[who])]
     record = turns.Record(tmp_path / "quantization_overhead.json", "network", "precision")
     record.keep(quantization_overhead.race("cnn8", 0.5, "fp32", there, 2, 0.0))
     assert tables.quantization_overhead(record.content).count("| cnn8 | fp32 |") == len(there)
+
+
+def test_profiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(profiles, "PROFILED", 1)
+    monkeypatch.setattr(profiles, "BATCH", 2)
+    record = turns.Record(tmp_path / "profiles.json", "network", "step")
+    for step in profiles.STEPS:
+        run = profiles.measured("cnn8", step, 0.0)
+        record.keep(run)
+        parts = {row["way"]: row["shares"] for row in run["rows"]}
+        assert all(0 < sum(shares.values()) < 1 for shares in parts.values())
+        assert parts["float"]["rounding"] == 0 < min(parts["ours"]["rounding"], parts["ours, before"]["rounding"])
+        assert parts["ours"]["ReLU"] == 0 < parts["ours, before"]["ReLU"]
+    assert tables.profiles(record.content).count("| cnn8 | attack step |") == len(profiles.WAYS)
 
 
 def test_latency(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,141 @@
+"""The rows of docs/results.md: differences are paired, goals are judged, and a real trial fills a row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import recipe_results
+import torch
+from attacks_parity import to_hex
+from recipe_results import REFERENCE, Found, difference, slug, table, wanted
+
+from coldforge.evaluate import paired_interval
+
+HALF, QUARTER = "half, 8 bits, 3 epochs", "quarter, 8 bits, 3 epochs"
+
+
+def found(row: str, stands: list[bool], seed: int = 0, **more: object) -> Found:
+    return {
+        "data": "fashion-mnist",
+        "row": row,
+        "seed": seed,
+        "n": len(stands),
+        "stands": to_hex(torch.tensor(stands)),
+        "clean_accuracy": 0.9,
+        "robust_accuracy": float(np.mean(stands)),
+        "broken_by": {"apgd-ce": 3, "square on the file": 1},
+        "masking": "ok",
+        "failed_checks": [],
+        "train_macs": 1e12,
+        "packed_bytes": 140_000,
+        **more,
+    }
+
+
+def test_a_difference_is_that_of_paired_images() -> None:
+    first, second = [True] * 6 + [False] * 4, [True] * 5 + [False] * 4 + [True]
+    mean, low, high, seeds = difference([found("a", first)], [found("b", second)])
+    assert (mean, seeds) == (0.0, 1)
+    assert (low / 100, high / 100) == pytest.approx(paired_interval(1, 1, 10))
+
+
+def test_several_seeds_widen_the_interval_by_their_spread() -> None:
+    ours = [found("a", [True] * count + [False] * (100 - count), seed) for seed, count in enumerate((70, 72, 80))]
+    theirs = [found("b", [True] * 75 + [False] * 25, seed) for seed in (0, 1, 2, 3)]
+    mean, low, high, seeds = difference(ours, theirs)
+    assert seeds == 3, "the fourth has no partner"
+    assert mean == pytest.approx(-1.0)
+    assert (high - low) / 2 > 4.30 * np.std([-5, -3, 5], ddof=1) / 3**0.5
+    calm = difference([found("a", [True] * 74 + [False] * 26, seed) for seed in (0, 1, 2)], theirs)
+    assert calm[2] - calm[1] < (high - low) / 2
+
+
+def test_fewer_images_are_compared_with_the_same_ones() -> None:
+    mean, *_ = difference([found("a", [True, True, False, False])], [found("b", [True, True] + [False] * 14)])
+    assert mean == 0.0
+
+
+def test_the_table_judges_goals(tmp_path: Path) -> None:
+    stands = {REFERENCE: 800, HALF: 795, QUARTER: 700}
+    for row, count in stands.items():
+        record = found(row, [True] * count + [False] * (1000 - count), train_macs=2e14 if row == REFERENCE else 1e13)
+        (tmp_path / f"{slug(row)}-0.json").write_text(json.dumps(record), encoding="utf-8")
+    shown = table(tmp_path)
+    assert shown.splitlines()[2].startswith(f"| {REFERENCE} | 1 | 90.0 | 80.0 | apgd-ce 3, square on the file 1 | ok |")
+    assert f"| {HALF} | {REFERENCE} | ≥ −1 | -0.5 [" in shown
+    assert "| 1 | yes |" in shown
+    assert f"| {QUARTER} | {REFERENCE} | ≥ −4 | -10.0 [" in shown
+    assert "| 1 | no |" in shown
+    assert "| half, 4 bits, 3 epochs | half, 8 bits, 3 epochs | ≥ −0.5 | not computed yet |" in shown
+    assert "5.0 % of the reference's multiply-adds (goal: at most 10 %)" in shown
+    assert table(tmp_path / "nothing") == "*Not computed yet.*"
+
+
+def test_goals_and_the_sweep_have_the_same_rows() -> None:
+    from coldforge.sweep import expand, load_sweep
+
+    trials = expand(load_sweep(Path(__file__).parents[2] / "recipes" / "results-fashion-mnist.toml"))
+    rows = {str(trial.point["row"]) for trial in trials}
+    assert rows == {REFERENCE} | {name for goal in recipe_results.GOALS for name in (goal.row, goal.against)}
+    bits = {str(trial.point["row"]): trial.recipe.quantize for trial in trials}
+    assert (bits["half, 2 bits, 10 epochs"].weight_bits, bits["half, 2 bits, 10 epochs"].activation_bits) == (2, 2)
+    assert not bits[REFERENCE].enabled
+
+
+def test_labels_and_seeds_choose() -> None:
+    assert wanted("half, 4 bits", 1, [])
+    assert wanted("half, 4 bits", 1, ["half", "1"])
+    assert not wanted("half, 4 bits", 1, ["quarter"])
+    assert not wanted("half, 4 bits", 1, ["half", "0"])
+    assert slug("R: dense, PGD-7, 15 epochs") == "r-dense-pgd-7-15-epochs"
+
+
+SWEEP = """
+name = "tiny"
+recipe = "quickstart"
+[set]
+"data.train_n" = 700
+"data.test_n" = 64
+"model.train.epochs" = 1
+"finetune.epochs" = 1
+"finetune.arms" = ["adversarial"]
+"compute.compile" = "off"
+"evaluate.attacks" = ["fgsm"]
+"evaluate.n" = 10
+"evaluate.stages" = ["artifact"]
+"evaluate.masking_n" = 0
+"deploy.runtimes" = []
+[axes]
+row = [{ label = "half, 8 bits, 3 epochs", "prune.ratio" = 0.5 }]
+"""
+
+
+def test_a_trial_becomes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from coldforge.cli import main
+
+    monkeypatch.setenv("COLDFORGE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(recipe_results, "ATTACK", "square-5")
+    for name in ("RESULTS", "ARTIFACTS"):
+        monkeypatch.setattr(recipe_results, name, tmp_path / name.lower())
+    (tmp_path / "tiny.toml").write_text(SWEEP, encoding="utf-8")
+    words = ["sweep", str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "out"), "--executor", "serial", "--quiet"]
+    assert main(words) == 0
+    monkeypatch.setattr("sys.argv", ["recipe_results.py", str(tmp_path / "out"), "--n", "12"])
+    recipe_results.main()
+    (row,) = recipe_results.load(tmp_path / "results")
+    stands = recipe_results.from_hex(row["stands"], row["n"])
+    assert (row["row"], row["seed"], row["n"], row["n_clean"]) == (HALF, 0, 12, 64)
+    assert stands.mean() == row["robust_accuracy"]
+    assert row["train_macs"] > 0
+    assert row["masking"] in ("ok", "suspect")
+    (artifact,) = (tmp_path / "artifacts").iterdir()
+    assert {str(path.relative_to(artifact)) for path in artifact.rglob("*") if path.is_file()} == {
+        *recipe_results.KEPT
+    }
+    assert main(["evaluate", str(artifact), "--attack", "square-5", "--n", "5", "--no-masking", "--quiet"]) == 0
+    before = (tmp_path / "results").stat().st_mtime
+    recipe_results.main()
+    assert (tmp_path / "results").stat().st_mtime == before, "attacked once"
