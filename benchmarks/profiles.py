@@ -35,17 +35,17 @@ STEPS = ("training step", "attack step")
 WAYS = ("float", "ours", "ours, before")
 BATCH, RATIO, PROFILED = 64, 0.5, 10
 KINDS = {
-    "convolutions, forward": ("aten::conv2d",),
+    "convolutions, forward": ("aten::convolution",),
     "convolutions, backward": ("ConvolutionBackward0",),
-    "linear layers": ("aten::linear", "AddmmBackward0", "TBackward0"),
+    "linear layers": ("aten::addmm", "aten::mm"),
     "rounding": (
         *("_FakeQuantize", "_FakeQuantizeBackward", "_FusedFakeQuantize", "_FusedFakeQuantizeBackward"),
         *("_RoundBias", "_RoundBiasBackward"),
     ),
     "ReLU": ("aten::relu", "ReluBackward0"),
 }
-"""Kind of operation to the events that hold all of its time. What is left: casts of weights, additions, gradients that are
-added up, and Python."""
+"""Kind of operation to the events that hold all of its time. What is left: casts of weights, additions, gradients that
+are added up, and Python."""
 
 
 def call_of(step: str, way: str, networks: Untrained) -> Callable[[], None]:

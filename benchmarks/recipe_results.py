@@ -34,8 +34,8 @@ import torch
 from attacks_parity import from_hex, to_hex
 from paper_claims import student_t95
 
-from coldforge.evaluate import paired_interval
-from coldforge.evaluation import evaluate_path
+from coldforge.evaluate import WORST_CASE, paired_interval
+from coldforge.evaluation.job import evaluate_path
 from coldforge.evaluation.request import Request
 from coldforge.records import EvaluationRecord, StageRecord
 from coldforge.sealed import write_atomic
@@ -93,8 +93,11 @@ def attacked(trial: Trial, sweep: Path, *, n: int, threads: int, data: str) -> t
     command = " ".join(["coldforge evaluate", folder.name, *request.words()])
     evaluation = evaluate_path(folder, request, out=out, command=command)
     ledger = pq.read_table(out / "ledger.parquet").to_pydict()
-    fooled = torch.tensor([bool(fooled) for fooled in ledger[f"{ATTACK}:fooled"][:n]])  # wrong when clean counts, too
-    return _found(trial, data, record.stages, evaluation, ~fooled), folder
+    columns = [
+        values[:n] for name, values in ledger.items() if name.endswith(":fooled")
+    ]  # wrong when clean counts, too
+    stands = ~torch.tensor(columns, dtype=torch.bool).any(0)
+    return _found(trial, data, record.stages, evaluation, stands), folder
 
 
 def _found(
@@ -102,8 +105,9 @@ def _found(
 ) -> Found:
     by_name = {stage.name: stage for stage in stages}
     artifact = by_name["artifact"]
-    made = ("compressed", "tuned") if "tuned" in by_name else ("baseline",)
-    trained = [by_name[name] for name in made if name in by_name]
+    trained = [stage for stage in stages if stage.name != "baseline"]  # that is what a user brings
+    if not any(stage.train_macs for stage in trained):  # the reference is trained as a baseline
+        trained = list(stages)
     return {
         "data": data,
         "row": trial.point["row"],
@@ -123,7 +127,10 @@ def _found(
         "n": evaluation.attacked.n,
         "robust_accuracy": evaluation.robust_accuracy["worst_case"],
         "stands": to_hex(stands),
-        "broken_by": evaluation.broken_by[ATTACK],
+        "broken_by": {
+            **evaluation.broken_by[ATTACK],
+            **{name: count for name, count in evaluation.broken.items() if name not in (ATTACK, WORST_CASE)},
+        },
         "masking": evaluation.masking.verdict,
         "failed_checks": [check.name for check in evaluation.masking.checks if not check.passed],
         "attack": evaluation.attacks[ATTACK],

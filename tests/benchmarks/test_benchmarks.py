@@ -131,7 +131,11 @@ def test_training_speed_says_where_cifar10_is_looked_for(monkeypatch: pytest.Mon
 
 
 def test_quantization_overhead(tmp_path: Path) -> None:
-    there = [who for who in quantization_overhead.CONTENDERS if importlib.util.find_spec(quantization_overhead.CONTENDERS[who])]
+    there = [
+        who
+        for who in quantization_overhead.CONTENDERS
+        if importlib.util.find_spec(quantization_overhead.CONTENDERS[who])
+    ]
     record = turns.Record(tmp_path / "quantization_overhead.json", "network", "precision")
     record.keep(quantization_overhead.race("cnn8", 0.5, "fp32", there, 2, 0.0))
     assert tables.quantization_overhead(record.content).count("| cnn8 | fp32 |") == len(there)

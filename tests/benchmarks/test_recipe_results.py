@@ -83,6 +83,8 @@ def test_goals_and_the_sweep_have_the_same_rows() -> None:
     bits = {str(trial.point["row"]): trial.recipe.quantize for trial in trials}
     assert (bits["half, 2 bits, 10 epochs"].weight_bits, bits["half, 2 bits, 10 epochs"].activation_bits) == (2, 2)
     assert not bits[REFERENCE].enabled
+    stages = {str(trial.point["row"]): trial.recipe.evaluate.stages for trial in trials}
+    assert "baseline" in stages[REFERENCE], "whose multiply-adds are the reference's"
 
 
 def test_labels_and_seeds_choose() -> None:
@@ -132,9 +134,7 @@ def test_a_trial_becomes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert row["train_macs"] > 0
     assert row["masking"] in ("ok", "suspect")
     (artifact,) = (tmp_path / "artifacts").iterdir()
-    assert {str(path.relative_to(artifact)) for path in artifact.rglob("*") if path.is_file()} == {
-        *recipe_results.KEPT
-    }
+    assert {str(path.relative_to(artifact)) for path in artifact.rglob("*") if path.is_file()} == {*recipe_results.KEPT}
     assert main(["evaluate", str(artifact), "--attack", "square-5", "--n", "5", "--no-masking", "--quiet"]) == 0
     before = (tmp_path / "results").stat().st_mtime
     recipe_results.main()
