@@ -7,8 +7,8 @@
 For each trial of the sweep that is finished: its file is attacked by `coldforge evaluate --attack autoattack` (both
 kinds of gradients, transfer from the float twin, Square on the file) and looked at by the masking panel. What is found
 is kept in results/recipes/, a file for each network, image by image, so that differences are paired; a sweep with other
-seeds, or of another day, adds to it. The folders of the seeds named by --keep go to results/artifacts/, so that anybody
-can attack them.
+seeds, or of another day, adds to it. The folders of the seeds named by --keep go to results/artifacts/ before, so that
+anybody can attack them, as the next call of this does, with or without a sweep, where they were not attacked yet.
 
 A network is skipped when it was attacked like that already; an attack that was stopped goes on with the image where it
 stopped. --only takes beginnings of labels, and seeds. The ensemble takes from ten minutes to half an hour a network at
@@ -37,10 +37,10 @@ from paper_claims import student_t95
 from coldforge.evaluate import WORST_CASE, paired_interval
 from coldforge.evaluation.job import evaluate_path
 from coldforge.evaluation.request import Request
-from coldforge.records import EvaluationRecord, StageRecord
+from coldforge.records import EvaluationRecord, load_record
 from coldforge.sealed import write_atomic
 from coldforge.store import Store
-from coldforge.sweep import RecipeWorkshop, Trial
+from coldforge.sweep import RecipeWorkshop
 from coldforge.sweep.plan import trial_of
 from coldforge.sweep.table import load_results
 
@@ -49,6 +49,7 @@ RESULTS, ARTIFACTS = ROOT / "results" / "recipes", ROOT / "results" / "artifacts
 ATTACK = "autoattack"
 KEPT = ("record.json", "recipe.toml", "model.onnx", "model/model.safetensors", "model/structure.json")
 """Of a folder of `coldforge run`, what an attack needs."""
+WHICH = "row.json"
 Found = dict[str, Any]
 """What is kept of one network."""
 
@@ -79,39 +80,89 @@ CHEAP = ("half, 8 bits, 3 epochs", 0.1)
 # --- attacking -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Network:
+    """A folder of `coldforge run`, and which row of which seed it is."""
+
+    folder: Path
+    data: str
+    row: str
+    seed: int
+    trial: str
+    """Of the sweep that made it: the hash of all that decides its results."""
+
+    @property
+    def name(self) -> str:
+        """As files and folders are called."""
+        return f"{self.data}-{slug(self.row)}-{self.seed}"
+
+
 def slug(label: str) -> str:
     """A label as the name of a file."""
     return re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
 
 
-def attacked(trial: Trial, sweep: Path, *, n: int, threads: int, data: str) -> tuple[Found, Path]:
-    """Write the trial's folder, attack its file, and say what was found."""
-    folder = sweep / "trials" / trial.id
-    record = RecipeWorkshop(Store()).write_folder(trial, folder)
-    out = folder / f"evaluation-{ATTACK}-{n}"
-    request = Request(attack=(ATTACK,), n=n, threads=threads, seed=trial.seed)
-    command = " ".join(["coldforge evaluate", folder.name, *request.words()])
-    evaluation = evaluate_path(folder, request, out=out, command=command)
+def of_sweep(sweep: Path, only: Sequence[str]) -> Iterator[Network]:
+    """The trials that are finished, their folders written."""
+    for trial in (trial_of(sweep, name) for name in load_results(sweep).finished):
+        row, data = str(trial.point["row"]), trial.recipe.data.source.partition(":")[0]
+        if wanted(row, trial.seed, only):
+            folder = sweep / "trials" / trial.id
+            RecipeWorkshop(Store()).write_folder(trial, folder)
+            yield Network(folder, data, row, trial.seed, trial.id)
+
+
+def kept(only: Sequence[str]) -> Iterator[Network]:
+    """What :func:`keep` kept."""
+    for path in sorted(ARTIFACTS.glob(f"*/{WHICH}")):
+        which = json.loads(path.read_text(encoding="utf-8"))
+        if wanted(which["row"], which["seed"], only):
+            yield Network(path.parent, **which)
+
+
+def keep(network: Network) -> None:
+    """Copy what an attack needs, a few hundred kilobytes, and say which row it is."""
+    target = ARTIFACTS / network.name
+    for name in KEPT:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(network.folder / name, target / name)
+    which = {name: getattr(network, name) for name in ("data", "row", "seed", "trial")}
+    (target / WHICH).write_text(json.dumps(which, indent=1) + "\n", encoding="utf-8")
+
+
+def is_attacked(network: Network, n: int) -> bool:
+    """Whether there is a record of this network, with at least so many images."""
+    path = RESULTS / f"{network.name}.json"
+    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"trial": "", "n": 0}
+    return bool(old["trial"] == network.trial and old["n"] >= n)
+
+
+def attack(network: Network, out: Path, *, n: int, threads: int) -> Found:
+    """Attack the file; write what was found, and return it. ``out`` is for what an interrupted attack leaves."""
+    request = Request(attack=(ATTACK,), n=n, threads=threads, seed=network.seed)
+    command = " ".join(["coldforge evaluate", network.name, *request.words()])
+    evaluation = evaluate_path(network.folder, request, out=out, command=command)
     ledger = pq.read_table(out / "ledger.parquet").to_pydict()
     columns = [
         values[:n] for name, values in ledger.items() if name.endswith(":fooled")
     ]  # wrong when clean counts, too
-    stands = ~torch.tensor(columns, dtype=torch.bool).any(0)
-    return _found(trial, data, record.stages, evaluation, stands), folder
+    found = _found(network, evaluation, ~torch.tensor(columns, dtype=torch.bool).any(0))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_atomic(RESULTS / f"{network.name}.json", json.dumps(found, indent=1) + "\n")
+    return found
 
 
-def _found(
-    trial: Trial, data: str, stages: Sequence[StageRecord], evaluation: EvaluationRecord, stands: torch.Tensor
-) -> Found:
-    by_name = {stage.name: stage for stage in stages}
-    artifact = by_name["artifact"]
+def _found(network: Network, evaluation: EvaluationRecord, stands: torch.Tensor) -> Found:
+    stages = load_record(network.folder).stages
+    artifact = next(stage for stage in stages if stage.name == "artifact")
     trained = [stage for stage in stages if stage.name != "baseline"]  # that is what a user brings
     if not any(stage.train_macs for stage in trained):  # the reference is trained as a baseline
         trained = list(stages)
     return {
-        "data": data,
-        "row": trial.point["row"],
-        "seed": trial.seed,
+        "data": network.data,
+        "row": network.row,
+        "seed": network.seed,
+        "trial": network.trial,
         "sha256": evaluation.target.sha256,
         "pruned": artifact.pruning_ratio.achieved,
         "weight_bits": artifact.weight_bits,
@@ -139,13 +190,6 @@ def _found(
         "notes": list(evaluation.notes),
         "provenance": evaluation.provenance,
     }
-
-
-def keep_artifact(folder: Path, target: Path) -> None:
-    """Copy what an attack needs, a few hundred kilobytes."""
-    for name in KEPT:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / name, target / name)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -263,25 +307,20 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="beginnings of labels, and seeds")
     parser.add_argument("--keep", nargs="*", type=int, default=[0], help="seeds whose folders go to results/artifacts")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--work", type=Path, default=Path("recipe-results"), help="folder for interrupted attacks")
     parser.add_argument("--table", action="store_true", help="print the table and attack nothing")
     arguments = parser.parse_args()
-    for sweep in [] if arguments.table else arguments.sweeps:
-        results = load_results(sweep)
-        for trial in (trial_of(sweep, name) for name in results.finished):
-            label = str(trial.point["row"])
-            data = trial.recipe.data.source.partition(":")[0]
-            path = RESULTS / f"{data}-{slug(label)}-{trial.seed}.json"
-            old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"n": 0, "trial": ""}
-            done = old["trial"] == trial.id and old["n"] >= arguments.n
-            if done or not wanted(label, trial.seed, arguments.only):
-                continue
-            before = next(row for row in results.rows if row["trial"] == trial.id and row["name"] == "artifact")
-            print(f"{trial.label}: PGD-20 {100 * before['robust:worst_case']:.1f} %", flush=True)
-            found, folder = attacked(trial, sweep, n=arguments.n, threads=arguments.threads, data=data)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, json.dumps({**found, "trial": trial.id}, indent=1) + "\n")
-            if trial.seed in arguments.keep:
-                keep_artifact(folder, ARTIFACTS / path.stem)
+    if not arguments.table:
+        networks = {network.name: network for network in kept(arguments.only)}
+        for sweep in arguments.sweeps:
+            for network in of_sweep(sweep, arguments.only):
+                networks[network.name] = network
+                if network.seed in arguments.keep:
+                    keep(network)
+        for network in (network for network in networks.values() if not is_attacked(network, arguments.n)):
+            print(f"{network.name} ...", flush=True)
+            out = arguments.work / f"{network.name}-{arguments.n}"
+            found = attack(network, out, n=arguments.n, threads=arguments.threads)
             held = f"{ATTACK} {100 * found['robust_accuracy']:.1f} %"
             print(f"  {held}, {found['masking']}, {found['seconds']:.0f} s", flush=True)
     print(table())

@@ -125,7 +125,16 @@ def test_a_trial_becomes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "tiny.toml").write_text(SWEEP, encoding="utf-8")
     words = ["sweep", str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "out"), "--executor", "serial", "--quiet"]
     assert main(words) == 0
-    monkeypatch.setattr("sys.argv", ["recipe_results.py", str(tmp_path / "out"), "--n", "12"])
+    words = ["recipe_results.py", "--n", "12", "--work", str(tmp_path / "work")]
+    monkeypatch.setattr("sys.argv", [*words, str(tmp_path / "out")])
+    with monkeypatch.context() as stopped:
+        stopped.setattr(recipe_results, "evaluate_path", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            recipe_results.main()
+    (artifact,) = (tmp_path / "artifacts").iterdir()
+    left = {str(path.relative_to(artifact)) for path in artifact.rglob("*") if path.is_file()}
+    assert left == {*recipe_results.KEPT, recipe_results.WHICH}
+    monkeypatch.setattr("sys.argv", words)  # without the sweep, which another machine has
     recipe_results.main()
     (row,) = recipe_results.load(tmp_path / "results")
     stands = recipe_results.from_hex(row["stands"], row["n"])
@@ -133,9 +142,11 @@ def test_a_trial_becomes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert stands.mean() == row["robust_accuracy"]
     assert row["train_macs"] > 0
     assert row["masking"] in ("ok", "suspect")
-    (artifact,) = (tmp_path / "artifacts").iterdir()
-    assert {str(path.relative_to(artifact)) for path in artifact.rglob("*") if path.is_file()} == {*recipe_results.KEPT}
-    assert main(["evaluate", str(artifact), "--attack", "square-5", "--n", "5", "--no-masking", "--quiet"]) == 0
-    before = (tmp_path / "results").stat().st_mtime
+    words = ["evaluate", str(artifact), "--out", str(tmp_path / "evaluation"), "--attack", "square-5", "--n", "5"]
+    assert main([*words, "--no-masking", "--quiet"]) == 0
+    monkeypatch.setattr(recipe_results, "evaluate_path", lambda *_, **__: pytest.fail("attacked again"))
     recipe_results.main()
-    assert (tmp_path / "results").stat().st_mtime == before, "attacked once"
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
