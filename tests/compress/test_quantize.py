@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from coldforge.compress import fused
-from coldforge.compress.fakequant import ActivationQuantizer, QuantizedLayer, attacking, rectified
+from coldforge.compress.fakequant import ActivationQuantizer, QuantizedLayer, attacking
 from coldforge.compress.quantize import calibrate, insert_quantizers, quantize, weight_bit_widths
+from coldforge.compress.rectify import rectified
 from coldforge.errors import ModelError, TraceError
 from coldforge.models import model_source, normalized
 from coldforge.models.zoo import OptionAShortcut, resnet20

@@ -7,13 +7,13 @@ from coldforge.compress.fakequant import (
     QuantizedLayer,
     attacking,
     fake_quantize,
-    rectified,
 )
 from coldforge.compress.graph import fold_batchnorm, trace
 from coldforge.compress.importance import taylor
 from coldforge.compress.kernels import fused
 from coldforge.compress.prune import PruningPlan, joined, prune, replay
 from coldforge.compress.quantize import calibrate, insert_quantizers, quantize, refit, set_bits, weight_bit_widths
+from coldforge.compress.rectify import rectified
 
 __all__ = [
     "ActivationQuantizer",

@@ -8,16 +8,14 @@ ICLR 2020, eq. 3 and section 2.2); gradients pass the rounding straight through 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coldforge.compress.graph import set_module
 from coldforge.compress.kernels import dense, gradients, is_fused, round_to_grid, takes
 from coldforge.errors import ModelError
 
@@ -222,7 +220,7 @@ class ActivationQuantizer(nn.Module):
         self.backward_mode: Backward = "clipped"
         self.observing = False
         self.rectifies = False
-        """Reads what a ReLU would read, and does its work (:func:`rectified`)."""
+        """Reads what a ReLU would read, and does its work (:mod:`coldforge.compress.rectify`)."""
         self._zero = -1  # zero_point as a Python number, read once
 
     @property
@@ -389,36 +387,3 @@ def attacking(model: nn.Module, backward: Backward = "pass_through") -> Iterator
             layer._cached = weight_and_bias
         for quantizer, mode in zip(quantizers, before, strict=True):
             quantizer.backward_mode = mode
-
-
-@contextmanager
-def rectified(network: nn.Module) -> Iterator[None]:
-    """Inside, a quantizer that alone reads a ReLU does its work: one pass over memory each way instead of two.
-
-    Rounding to codes from 0 upwards cuts off what is below 0 anyway. The network computes the same, and its gradients
-    are the same; for training. A network that was not traced is left as it is.
-    """
-    pairs = list(_relus_before_quantizers(network)) if isinstance(network, fx.GraphModule) else []
-    relus = {name: network.get_submodule(name) for name, _ in pairs}
-    try:
-        for name, quantizer in pairs:
-            set_module(network, name, nn.Identity())
-            quantizer.rectifies = True
-        yield
-    finally:
-        for name, quantizer in pairs:
-            set_module(network, name, relus[name])
-            quantizer.rectifies = False
-
-
-def _relus_before_quantizers(network: fx.GraphModule) -> Iterator[tuple[str, ActivationQuantizer]]:
-    modules = dict(network.named_modules())
-    calls = Counter(str(node.target) for node in network.graph.nodes if node.op == "call_module")
-    for node in network.graph.nodes:
-        if node.op != "call_module" or type(modules[str(node.target)]) is not nn.ReLU or len(node.users) != 1:
-            continue
-        (reader,) = node.users
-        quantizer = modules.get(str(reader.target)) if reader.op == "call_module" else None
-        once = calls[str(node.target)] == 1 and calls[str(reader.target)] == 1
-        if isinstance(quantizer, ActivationQuantizer) and once and quantizer.zero == quantizer.qmin:
-            yield str(node.target), quantizer

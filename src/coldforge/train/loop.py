@@ -233,18 +233,16 @@ class _Attempt:
         Raises:
             Collapse: this way does not lead there.
         """
-        spec = self._spec
         with rectified(self._network):
             state = self._run()
         self._network.load_state_dict(state.best)
-        notes = state.notes
-        if spec.keep == "best" or spec.ema:
-            notes = (*notes, f"kept {state.chosen}, the best on the validation part")
+        chose = self._spec.keep == "best" or self._spec.ema
+        notes = (*state.notes, f"kept {state.chosen}, the best on the validation part") if chose else state.notes
         network = copy.deepcopy(self._network).eval()  # uncompiled
         return TrainResult(network, state.curve, self.seconds, self.macs, notes)
 
     def _run(self) -> TrainState:
-        """All steps and epochs; the state at their end."""
+        """All steps; the state at their end."""
         spec, data, state = self._spec, self._data, self._state
         step, epoch_loss, saved = state.step, state.epoch_loss, time.monotonic()
         while step < self._total:
