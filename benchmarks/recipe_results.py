@@ -11,8 +11,8 @@ seeds, or of another day, adds to it. The folders of the seeds named by --keep g
 anybody can attack them, as the next call of this does, with or without a sweep, where they were not attacked yet.
 
 A network is skipped when it was attacked like that already; an attack that was stopped goes on with the image where it
-stopped. --only takes beginnings of labels, and seeds. The ensemble takes from ten minutes to half an hour a network at
-one thread.
+stopped. --only takes beginnings of labels, and seeds. The ensemble takes half an hour or more a network at one thread
+(`seconds` of the records).
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import torch
+from attacks_parity import difference as paired
 from attacks_parity import from_hex, to_hex
 from paper_claims import student_t95
 
-from coldforge.evaluate import WORST_CASE, paired_interval
+from coldforge.evaluate import WORST_CASE
 from coldforge.evaluation.job import evaluate_path
 from coldforge.evaluation.request import Request
 from coldforge.records import EvaluationRecord, load_record
@@ -209,18 +209,18 @@ def difference(first: Sequence[Found], second: Sequence[Found]) -> tuple[float, 
     """
     ours, theirs = ({found["seed"]: found for found in row} for row in (first, second))
     seeds = sorted(ours.keys() & theirs.keys())
-    gaps, widths = [], []
+    gaps, ends = [], []
     for seed in seeds:
         n = min(ours[seed]["n"], theirs[seed]["n"])
-        a, b = (from_hex(row[seed]["stands"], row[seed]["n"])[:n] for row in (ours, theirs))
-        low, high = paired_interval(int(np.sum(a & ~b)), int(np.sum(b & ~a)), n)
-        gaps.append(100 * (float(a.mean()) - float(b.mean())))
-        widths.append(100 * (high - low) / 2)
-    mean, width = statistics.fmean(gaps), statistics.fmean(widths)
+        gap, low, high = paired(*(from_hex(row[seed]["stands"], row[seed]["n"])[:n] for row in (ours, theirs)))
+        gaps.append(gap)
+        ends.append((low, high))
+    low, high = map(statistics.fmean, zip(*ends, strict=True))
+    centre, width = (low + high) / 2, (high - low) / 2
     if len(seeds) > 1:
         among = student_t95(len(seeds) - 1) * statistics.stdev(gaps) / math.sqrt(len(seeds))
         width = math.hypot(width, among)
-    return mean, mean - width, mean + width, len(seeds)
+    return statistics.fmean(gaps), centre - width, centre + width, len(seeds)
 
 
 def table(folder: Path = RESULTS, data: str = "fashion-mnist") -> str:

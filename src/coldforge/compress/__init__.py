@@ -1,13 +1,7 @@
 """Compression: structured channel pruning, quantization, and checkpoints that replay both without pickle."""
 
 from coldforge.compress.checkpoint import Structure, build, load_network, read_structure, save_network
-from coldforge.compress.fakequant import (
-    ActivationQuantizer,
-    Backward,
-    QuantizedLayer,
-    attacking,
-    fake_quantize,
-)
+from coldforge.compress.fakequant import ActivationQuantizer, Backward, QuantizedLayer, attacking, fake_quantize
 from coldforge.compress.graph import fold_batchnorm, trace
 from coldforge.compress.importance import taylor
 from coldforge.compress.kernels import fused

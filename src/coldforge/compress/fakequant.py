@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,28 @@ float twin: the same weights, nothing rounded or clipped), which is another netw
 _SMALLEST_STEP = 1e-8
 
 
+@dataclass(frozen=True)
+class _Grid:
+    """What rounding does besides its step; see :func:`fake_quantize`."""
+
+    low: int
+    """Smallest code less the code of 0."""
+    high: int
+    grad_scale: float
+    backward: Backward
+    rectify: bool
+
+    @property
+    def clips(self) -> bool:
+        """Whether gradients pass only inside the range."""
+        return self.backward == "clipped"
+
+    @property
+    def inside(self) -> tuple[float, float]:
+        """Between which codes, both excluded, a value counts as not clipped."""
+        return 0.0 if self.rectify else self.low - 0.5, self.high + 0.5
+
+
 class _FakeQuantize(torch.autograd.Function):
     """``step * (clamp(round(x / step) + zero, qmin, qmax) - zero)`` with straight-through and LSQ gradients.
 
@@ -36,93 +59,65 @@ class _FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        step: Tensor,
-        zero: int,
-        qmin: int,
-        qmax: int,
-        grad_scale: float,
-        backward: Backward,
-        rectify: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, step: Tensor, grid: _Grid) -> Tensor:
         step = step.clamp_min(_SMALLEST_STEP)
         scaled = x / step.to(x.dtype)
-        low, high = qmin - zero, qmax - zero
-        ctx.grad_scale, ctx.inside = grad_scale, _inside(low, high, rectify)
-        ctx.passed = ctx.inside if backward == "clipped" else (0.0, torch.inf)
+        ctx.grid = grid
         ctx.learns_step = ctx.needs_input_grad[1]
-        ctx.clips = ctx.needs_input_grad[0] and (rectify or backward == "clipped")
+        ctx.masks = ctx.needs_input_grad[0] and (grid.rectify or grid.clips)
         if ctx.learns_step:
-            codes = torch.round(scaled).clamp_(low, high)
+            codes = torch.round(scaled).clamp_(grid.low, grid.high)
             ctx.save_for_backward(scaled, codes, step)
             return codes * step.to(x.dtype)
-        if ctx.clips:
+        if ctx.masks:
             ctx.save_for_backward(scaled)
-            return torch.round(scaled).clamp_(low, high).mul_(step.to(x.dtype))
-        return scaled.round_().clamp_(low, high).mul_(step.to(x.dtype))
+            return torch.round(scaled).clamp_(grid.low, grid.high).mul_(step.to(x.dtype))
+        return scaled.round_().clamp_(grid.low, grid.high).mul_(step.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        if not (ctx.learns_step or ctx.clips):
-            return grad, *[None] * 7
+        (grad,), grid = grads, ctx.grid
+        if not (ctx.learns_step or ctx.masks):
+            return grad, None, None
         scaled = ctx.saved_tensors[0]
-        grad_x = torch.ops.aten.hardtanh_backward(grad, scaled, *ctx.passed) if ctx.clips else grad
+        passed = grid.inside if grid.clips else (0.0, torch.inf)
+        grad_x = torch.ops.aten.hardtanh_backward(grad, scaled, *passed) if ctx.masks else grad
         grad_step = None
         if ctx.learns_step:
             _, codes, step = ctx.saved_tensors
-            slope = codes - torch.ops.aten.hardtanh_backward(scaled, scaled, *ctx.inside)
+            slope = codes - torch.ops.aten.hardtanh_backward(scaled, scaled, *grid.inside)
             product = slope.mul_(grad)
             total = product.sum() if step.numel() == 1 else product.flatten(1).sum(1)
-            grad_step = (total.float() * ctx.grad_scale).view_as(step)
-        return grad_x, grad_step, *[None] * 6
+            grad_step = (total.float() * grid.grad_scale).view_as(step)
+        return grad_x, grad_step, None
 
 
 class _FusedFakeQuantize(torch.autograd.Function):
     """The same in one pass over memory each way (:mod:`coldforge.compress.kernels`)."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        step: Tensor,
-        zero: int,
-        qmin: int,
-        qmax: int,
-        grad_scale: float,
-        backward: Backward,
-        rectify: bool,
-    ) -> Tensor:
-        codes = float(qmin - zero), float(qmax - zero)
-        ctx.borders, ctx.grad_scale = (*codes, *_inside(*codes, rectify)), grad_scale
-        ctx.clips, ctx.rectify = backward == "clipped", rectify
+    def forward(ctx: Any, x: Tensor, step: Tensor, grid: _Grid) -> Tensor:
         x, step = dense(x), step.clamp_min(_SMALLEST_STEP)
-        if ctx.clips or rectify or ctx.needs_input_grad[1]:
+        ctx.grid = grid
+        if grid.clips or grid.rectify or ctx.needs_input_grad[1]:
             ctx.save_for_backward(x, step)
-        return round_to_grid(x, step, *codes)
+        return round_to_grid(x, step, grid.low, grid.high)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
+        (grad,), grid = grads, ctx.grid
         learns_step = ctx.needs_input_grad[1]
-        if not (ctx.clips or ctx.rectify or learns_step):
-            return grad, *[None] * 7
+        if not (grid.clips or grid.rectify or learns_step):
+            return grad, None, None
         x, step = ctx.saved_tensors
         grad_x = grad_step = None
-        if ctx.clips or learns_step:
-            grad_x, grad_step = gradients(grad, x, step, ctx.borders, by_x=ctx.clips)
-        if not ctx.clips:
-            grad_x = torch.ops.aten.threshold_backward(grad, x, 0) if ctx.rectify else grad
+        if grid.clips or learns_step:
+            grad_x, grad_step = gradients(grad, x, step, (grid.low, grid.high, *grid.inside), by_x=grid.clips)
+        if not grid.clips:
+            grad_x = torch.ops.aten.threshold_backward(grad, x, 0) if grid.rectify else grad
         if grad_step is not None:
-            grad_step = grad_step * ctx.grad_scale if learns_step else None
-        return grad_x, grad_step, *[None] * 6
-
-
-def _inside(low: float, high: float, rectify: bool) -> tuple[float, float]:
-    """Between which codes, both excluded, a value counts as not clipped."""
-    return 0.0 if rectify else low - 0.5, high + 0.5
+            grad_step = grad_step * grid.grad_scale if learns_step else None
+        return grad_x, grad_step, None
 
 
 class _Binarize(torch.autograd.Function):
@@ -197,9 +192,8 @@ def fake_quantize(
         A tensor like ``x``.
     """
     function = _FusedFakeQuantize if is_fused() and takes(x, step) else _FakeQuantize
-    result: Tensor = function.apply(  # type: ignore[no-untyped-call]
-        x, step, zero, qmin, qmax, grad_scale, backward, rectify
-    )
+    grid = _Grid(qmin - zero, qmax - zero, grad_scale, backward, rectify)
+    result: Tensor = function.apply(x, step, grid)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -1,7 +1,7 @@
 """The arithmetic of fake quantization in one pass over memory each way: a small C++ library, compiled on first use.
 
 In plain PyTorch it takes several passes each way, each of which reads and writes a whole activation, and compiled by
-torch.compile each call costs a tenth of a millisecond before it computes anything. The kernels (``kernels.cpp``)
+torch.compile each call costs more than the arithmetic of a small network. The kernels (``kernels.cpp``)
 compute in float32 whatever the type of the activation, so the sum in a step's gradient is exact where that of bfloat16
 is not. They are called with ctypes, need a C++ compiler and no headers of torch, and share its OpenMP.
 """
@@ -34,7 +34,7 @@ _fused = False
 
 @contextmanager
 def fused(wanted: bool = True) -> Iterator[bool]:
-    """Inside, the kernels are used, if they can be compiled here (half a second, the first time on a machine).
+    """Inside, the kernels are used, if they can be compiled here (a moment, the first time on a machine).
 
     Yields:
         Whether they are used.

@@ -55,8 +55,7 @@ def attack_all(
     torch's number of threads, which is lowered meanwhile, is one for all threads that begin.
 
     A network that answers the same images differently draws random numbers, and is attacked by one worker: with
-    several, no seed would repeat it. So is one whose rounding runs on compiled kernels, which are compiled for each
-    number of threads.
+    several, no seed would repeat it.
     """
     search = partial(attack, threat_model=threat_model, seed=seed, judge=judge)
     threads = torch.get_num_threads()
