@@ -39,7 +39,8 @@ def arrow(shop: Shop) -> Arrow:
     reference = stages.reference(shop) if recipe.reference.train or taught else None
     teacher = reference if taught else baseline
     arms = [arm for arm in recipe.finetune.arms if arm != "none"]
-    tuned = {arm: stages.finetune(shop, parent, compressed, arm, teacher=teacher) for arm in arms}
+    begun = {arm: stages.finetune_in_float(shop, parent, arm, teacher=teacher) for arm in arms}
+    tuned = {arm: stages.finetune(shop, compressed, arm, begun=begun[arm], teacher=teacher) for arm in arms}
     twin = compressed if recipe.deploy.arm == "none" else tuned[recipe.deploy.arm]
 
     networks = {"baseline": baseline, "parent": parent, "compressed": compressed}
@@ -64,7 +65,7 @@ def arrow(shop: Shop) -> Arrow:
     if recipe.deploy.runtimes:
         timed = {"baseline": files["baseline"], "artifact": files[artifact]}
         evidence["measure"] = stages.measure(shop, baseline, timed)
-    return Arrow(networks, files, evidence, artifact)
+    return Arrow(networks, files, evidence, artifact, tuple(stage for stage in begun.values() if stage is not None))
 
 
 def run(

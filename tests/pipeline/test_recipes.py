@@ -1,5 +1,7 @@
 """The choices of a recipe, all the way from the baseline to the file."""
 
+import json
+
 import pytest
 import torch
 
@@ -78,3 +80,21 @@ def test_a_network_may_be_rounded_after_all_of_its_training(recipe, forge_again,
         RecipeError, match=r"finetune\.float_epochs: expected a number of epochs, 0 or more, or .all., got .some."
     ):
         recipe({"finetune.float_epochs": "some"})
+
+
+def test_networks_that_differ_in_their_bits_share_the_epochs_in_floating_point(recipe, forge_again, tmp_path):
+    store = Store(tmp_path / "store")
+    begin = {"finetune.epochs": 2, "finetune.float_epochs": 1, "finetune.arms": ["adversarial"], "deploy.runtimes": []}
+    eight = forge_again(recipe(begin), store, tmp_path / "eight")
+    four = forge_again(recipe({**begin, "quantize.weight_bits": 4}), store, tmp_path / "four")
+    assert "fine-tune in float: adversarial" in four.spy.cached
+    assert "fine-tune: adversarial" in four.spy.built
+    begun, tuned = (made.record.stage("tuned").curve for made in (eight, four))
+    assert [point.epoch for point in (*begun, *tuned)] == [1, 2, 1, 2]
+    assert begun[0] == tuned[0]
+    assert begun[1] != tuned[1]
+    [first, *rounded] = sorted(
+        (store.root / "stages" / "finetune").glob("*/result.json"), key=lambda path: path.stat().st_mtime
+    )
+    macs = [json.loads(path.read_text())["train_macs"] for path in (first, *rounded)]
+    assert eight.record.stage("tuned").train_macs == macs[1] > macs[0], "what was shared belongs to the cost of both"

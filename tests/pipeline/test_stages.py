@@ -141,9 +141,14 @@ def test_optional_rows_change_no_other(recipe, stages_of):
     assert changed({label: before[label] for label in fewer}, fewer) == {"adversarial examples"}  # one row less
 
 
-def test_every_stage_is_made_once_and_after_what_it_reads(recipe, shop):
-    made = list(arrow(shop(recipe({"control.train": True, "reference.train": True}), network="zoo:cnn8")))
-    assert len({stage.key for stage in made}) == len(made)
+@pytest.mark.parametrize("more", [{}, {"finetune.epochs": 2, "finetune.float_epochs": 1}])
+def test_every_stage_is_made_once_and_after_what_it_reads(more, recipe, shop):
+    changes = {"control.train": True, "reference.train": True, **more}
+    made = list(arrow(shop(recipe(changes), network="zoo:cnn8")))
+    keys = [stage.key for stage in made]
+    assert len(set(keys)) == len(keys)
+    assert all(set(stage.inputs) <= set(keys[:index]) for index, stage in enumerate(made))
+    assert ("fine-tune in float: adversarial" in [stage.label for stage in made]) == bool(more)
     kinds = [stage.kind for stage in made]
     assert kinds[:3] == ["baseline", "prune", "quantize"]
     assert kinds[-3:] == ["agree", "gallery", "measure"]

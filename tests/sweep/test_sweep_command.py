@@ -58,7 +58,7 @@ def test_the_plan_shows_what_is_shared(swept, capsys):
     plan = json.loads(capsys.readouterr().out)
     assert plan["trials"] == ["prune.ratio=0.5 seed=0", "prune.ratio=0.75 seed=0"]
     assert plan["kinds"]["baseline"] == [1, 1]
-    assert plan["kinds"]["finetune"] == [2, 2]
+    assert plan["kinds"]["finetune"] == [4, 4], "in floating point, and rounded"
     assert plan["finished"] == 2
     assert plan["macs"] < plan["macs_alone"]
     assert main([*words, "--dry-run", "--json", "--seeds", "3", "--seeds", "4"]) == 0

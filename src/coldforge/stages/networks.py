@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from coldforge.errors import RecipeError
 from coldforge.models import check_classifier, load_weights, normalized
 from coldforge.recipe import QuantizeSpec, TrainSpec
 from coldforge.stages.shop import Report, Shop, Stage, file_digest, write_json
-from coldforge.train import Objective, TrainResult, train
+from coldforge.stages.training import joined_outcomes, outcome_of, threat_of, train_into, trained, training_macs
 
 _UNTRAINED = "rounded to {} bits after all of its training; a lower finetune.float_epochs trains through the rounding"
 
@@ -48,11 +47,11 @@ def baseline(shop: Shop) -> Stage:
     return shop.declare(
         "baseline",
         "baseline: train",
-        [structure, spec.train, _threat_of(shop, spec.train), shop.recipe.seed, *_code(shop)],
+        [structure, spec.train, threat_of(shop, spec.train), shop.recipe.seed, *_code(shop)],
         [],
         build,
         trains=True,
-        macs=_training_macs(shop, spec.train, shop.dense_macs()),
+        macs=training_macs(shop, spec.train, shop.dense_macs()),
     )
 
 
@@ -65,11 +64,11 @@ def reference(shop: Shop) -> Stage:
     return shop.declare(
         "reference",
         "reference: train adversarially",
-        [structure, spec, _threat_of(shop, spec), shop.recipe.seed, *_code(shop)],
+        [structure, spec, threat_of(shop, spec), shop.recipe.seed, *_code(shop)],
         [],
         build,
         trains=True,
-        macs=_training_macs(shop, spec, shop.dense_macs()),
+        macs=training_macs(shop, spec, shop.dense_macs()),
     )
 
 
@@ -97,19 +96,19 @@ def prune(shop: Shop, network: Stage) -> Stage:
             if between is not None and number + 1 < rounds:
                 checkpoints = folder / f"checkpoint-step-{number}"
                 checkpoints.mkdir(exist_ok=True)
-                result = _trained(shop, small, between, checkpoints, report)
+                result = trained(shop, small, between, checkpoints, report)
                 small = result.model
                 results.append(result)
         save_network(folder, small, structure.model_copy(update={"pruning": plan}))
-        write_json(folder / "result.json", _outcome(results))
+        write_json(folder / "result.json", outcome_of(results))
 
     seed = shop.recipe.seed if spec.importance == "random" or sees_images or between else 0
-    attacked = _threat_of(shop, between) if between else None
+    attacked = threat_of(shop, between) if between else None
     if spec.importance == "taylor-adversarial":
         attacked = shop.recipe.threat_model
     cost = 0.0
     if between is not None:
-        cost = (spec.steps - 1) * _training_macs(shop, between, (shop.dense_macs() + shop.small_macs()) / 2)
+        cost = (spec.steps - 1) * training_macs(shop, between, (shop.dense_macs() + shop.small_macs()) / 2)
     return shop.declare(
         "prune",
         f"prune {spec.ratio:.0%} of channels",
@@ -166,56 +165,88 @@ def quantize(shop: Shop, network: Stage) -> Stage:
     return shop.declare("quantize", label, [spec, beyond] if beyond else [spec], [network], build)
 
 
-def finetune(shop: Shop, parent: Stage, compressed: Stage, arm: str, *, teacher: Stage | None = None) -> Stage:
+def finetune_in_float(shop: Shop, parent: Stage, arm: str, *, teacher: Stage | None = None) -> Stage | None:
+    """The first ``finetune.float_epochs`` of an arm, which train the float ``parent`` with its BatchNorm.
+
+    None where there are none. Folded BatchNorm makes weights large and high learning rates impossible. What follows the
+    rounding is :func:`finetune`. Networks that differ only in their bits share this stage.
+    """
+    spec, _ = _parts(shop, arm)
+    if spec is None:
+        return None
+    teaches = teacher if spec.objective == "distill" else None
+
+    def build(folder: Path, report: Report) -> None:
+        taught_by = shop.network(teaches)[0] if teaches else None
+        start, structure = shop.network(parent)
+        train_into(shop, folder, start, structure, spec, report, teacher=taught_by)
+
+    return shop.declare(
+        "finetune",
+        f"fine-tune in float: {arm}",
+        [spec, threat_of(shop, spec), shop.recipe.seed],
+        [parent, *([teaches] if teaches else [])],
+        build,
+        trains=True,
+        macs=training_macs(shop, spec, shop.small_macs()),
+    )
+
+
+def finetune(
+    shop: Shop, compressed: Stage, arm: str, *, begun: Stage | None = None, teacher: Stage | None = None
+) -> Stage:
     """Train the compressed network, through its rounding, on natural or on adversarial images.
 
-    The first ``finetune.float_epochs`` train the float ``parent`` with its BatchNorm, which is rounded then: folded
-    BatchNorm makes weights large and high learning rates impossible. Where these are all, nothing follows the rounding.
+    With ``begun`` the network that was tuned in floating point takes the place of the compressed one: it is rounded
+    first. Where all epochs were in floating point, nothing follows the rounding.
     """
+    _, spec = _parts(shop, arm)
+    teaches = teacher if spec is not None and spec.objective == "distill" else None
+    quantization, beyond = _quantization(shop), _beyond_box(shop)
+
+    def build(folder: Path, report: Report) -> None:
+        network, structure = shop.network(compressed)
+        earlier = []
+        if begun is not None:
+            images = shop.data.train.pixels(slice(0, quantization.calibration_n))
+            network = quantize_network(shop.network(begun)[0], quantization, images, beyond_box=beyond)
+            earlier.append(shop.result(begun))
+        if spec is not None:
+            taught_by = shop.network(teaches)[0] if teaches else None
+            train_into(shop, folder, network, structure, spec, report, teacher=taught_by, earlier=earlier)
+            return
+        bits = min(quantization.weight_bits, quantization.activation_bits)
+        notes = [_UNTRAINED.format(bits)] if bits < 8 else []  # 8 need no training
+        save_network(folder, network, structure)
+        write_json(folder / "result.json", joined_outcomes([*earlier, {**outcome_of([]), "notes": notes}]))
+
+    settings = [] if spec is None else [spec, threat_of(shop, spec)]
+    cost = 0.0 if spec is None else 1.5 * training_macs(shop, spec, shop.small_macs())
+    return shop.declare(
+        "finetune",
+        f"fine-tune: {arm}" if spec is not None else f"round after fine-tuning: {arm}",
+        [*settings, shop.recipe.seed],
+        [stage for stage in (compressed, begun, teaches) if stage is not None],
+        build,
+        trains=spec is not None,
+        macs=cost,
+    )
+
+
+def _parts(shop: Shop, arm: str) -> tuple[TrainSpec | None, TrainSpec | None]:
+    """What of an arm's training comes before the rounding, in floating point, and what after it."""
     whole = shop.recipe.finetune
     spec = TrainSpec.model_construct(**{name: getattr(whole, name) for name in TrainSpec.model_fields})
     if arm == "natural":  # what only an inner attack reads must not decide the key
         plain = TrainSpec()
         only_adversarial = {name: getattr(plain, name) for name in ("attack", "beta", "soft", "temperature", "awp")}
         spec = spec.model_copy(update={**only_adversarial, "objective": "natural", "eps_ramp": 0.0})
-    spec = spec.model_copy(update={"epochs": whole.epochs - whole.epochs_in_float})
     first = {"epochs": whole.epochs_in_float, "lr": whole.float_lr or whole.lr, "bits_ramp": 0.0}
-    in_float = spec.model_copy(update=first) if whole.epochs_in_float else None
-    rounded_spec = spec.model_copy(update={"eps_ramp": 0.0}) if in_float else spec  # the network is robust already
-    parts = [part for part in (in_float, rounded_spec) if part is not None and part.epochs]
-    teaches = teacher if spec.objective == "distill" else None
-    quantization, beyond = _quantization(shop), _beyond_box(shop)
-
-    def build(folder: Path, report: Report) -> None:
-        taught_by = shop.network(teaches)[0] if teaches else None
-        small, structure = shop.network(compressed)
-        if in_float is None:
-            _train_into(shop, folder, small, structure, [rounded_spec], report, teacher=taught_by)
-            return
-
-        def round_it(network: nn.Module) -> nn.Module:
-            images = shop.data.train.pixels(slice(0, quantization.calibration_n))
-            return quantize_network(network, quantization, images, beyond_box=beyond)
-
-        start, _ = shop.network(parent)
-        if len(parts) == 1:
-            bits = min(quantization.weight_bits, quantization.activation_bits)
-            notes = [_UNTRAINED.format(bits)] if bits < 8 else []  # 8 need no training
-            _train_into(shop, folder, start, structure, parts, report, teacher=taught_by, finish=round_it, notes=notes)
-        else:
-            _train_into(shop, folder, start, structure, parts, report, teacher=taught_by, between=round_it)
-
-    reads = [compressed, *([parent] if in_float else []), *([teaches] if teaches else [])]
-    cost = sum(_training_macs(shop, part, shop.small_macs()) for part in parts)
-    return shop.declare(
-        "finetune",
-        f"fine-tune: {arm}",
-        [*parts, _threat_of(shop, spec), shop.recipe.seed],
-        reads,
-        build,
-        trains=True,
-        macs=1.5 * cost,
-    )
+    rest: dict[str, object] = {"epochs": whole.epochs - whole.epochs_in_float}
+    if whole.epochs_in_float:
+        rest["eps_ramp"] = 0.0  # the network is robust already
+    before, after = spec.model_copy(update=first), spec.model_copy(update=rest)
+    return before if before.epochs else None, after if after.epochs else None
 
 
 def control(shop: Shop, compressed: Stage) -> Stage:
@@ -244,11 +275,11 @@ def control(shop: Shop, compressed: Stage) -> Stage:
     return shop.declare(
         "control",
         "control: train the small network from scratch",
-        [spec, quantization, _threat_of(shop, spec), shop.recipe.seed],
+        [spec, quantization, threat_of(shop, spec), shop.recipe.seed],
         [compressed],
         build,
         trains=True,
-        macs=_training_macs(shop, spec, shop.small_macs()),
+        macs=training_macs(shop, spec, shop.small_macs()),
     )
 
 
@@ -261,83 +292,9 @@ def _training(
     finish: Callable[[nn.Module], nn.Module] = lambda network: network,
 ) -> Callable[[Path, Report], None]:
     def build(folder: Path, report: Report) -> None:
-        _train_into(shop, folder, start(), structure, [spec], report, finish=finish)
+        train_into(shop, folder, start(), structure, spec, report, finish=finish)
 
     return build
-
-
-def _train_into(
-    shop: Shop,
-    folder: Path,
-    network: nn.Module,
-    structure: Structure,
-    specs: Sequence[TrainSpec],
-    report: Report,
-    *,
-    teacher: nn.Module | None = None,
-    between: Callable[[nn.Module], nn.Module] = lambda network: network,
-    finish: Callable[[nn.Module], nn.Module] = lambda network: network,
-    notes: Sequence[str] = (),
-) -> None:
-    """Train ``network`` as each of ``specs`` says, one after the other, and write it with its curve, cost and notes.
-
-    Args:
-        shop: data, threat model, seed, precision.
-        folder: of the stage.
-        network: where training starts.
-        structure: of the result.
-        specs: one or more trainings.
-        report: told of the progress.
-        teacher: for distillation.
-        between: applied to the network after each training but the last.
-        finish: applied to the result.
-        notes: said beside those of the trainings.
-    """
-    whole = sum(spec.epochs for spec in specs)
-    results: list[TrainResult] = []
-    for number, spec in enumerate(specs):
-        checkpoints = folder if len(specs) == 1 else folder / f"checkpoint-part-{number}"
-        checkpoints.mkdir(exist_ok=True)
-        done = sum(part.epochs for part in specs[:number])
-
-        def tell(fraction: float, line: str, done: int = done, epochs: int = spec.epochs) -> None:
-            report((done + fraction * epochs) / whole, line)
-
-        result = _trained(shop, network, spec, checkpoints, tell, teacher=teacher)
-        network = between(result.model) if number + 1 < len(specs) else finish(result.model)
-        results.append(result)
-    save_network(folder, network, structure)
-    outcome = _outcome(results)
-    write_json(folder / "result.json", {**outcome, "notes": [*outcome["notes"], *notes]})
-
-
-def _trained(
-    shop: Shop, network: nn.Module, spec: TrainSpec, folder: Path, report: Report, *, teacher: nn.Module | None = None
-) -> TrainResult:
-    """One training, with what all trainings of a run share."""
-    return shop.team.call(
-        train,
-        network,
-        shop.data,
-        spec,
-        shop.threat_model,
-        seed=shop.recipe.seed,
-        precision=shop.recipe.compute.precision,
-        compiled=shop.recipe.compute.compile,
-        teacher=teacher,
-        here={"folder": folder, "on_progress": report, "on_note": shop.progress.note},
-    )
-
-
-def _outcome(results: Sequence[TrainResult]) -> dict[str, Any]:
-    """What the record says of one or more trainings, one after the other."""
-    curve = [point for result in results for point in result.curve]
-    return {
-        "train_seconds": sum(result.seconds for result in results),
-        "train_macs": sum(result.macs for result in results),
-        "curve": [point.model_dump() | {"epoch": epoch} for epoch, point in enumerate(curve, 1)],
-        "notes": [note for result in results for note in result.notes],
-    }
 
 
 def _dense_structure(shop: Shop) -> Structure:
@@ -381,15 +338,6 @@ def _needs_fresh_weights(shop: Shop, what: str) -> None:
 def _code(shop: Shop) -> list[str]:
     """What the key must know of an architecture whose code is not ours: what it builds."""
     return [] if shop.source.name.startswith("zoo:") else [_network_digest(shop.source.build(0))]
-
-
-def _threat_of(shop: Shop, spec: TrainSpec) -> object:
-    return shop.recipe.threat_model if spec.objective != "natural" else None
-
-
-def _training_macs(shop: Shop, spec: TrainSpec, macs: float) -> float:
-    steps = 0 if spec.objective == "natural" else parse_inner(spec.attack).steps
-    return len(shop.data.train) * spec.epochs * macs * Objective(spec).passes(steps)
 
 
 def _network_digest(network: nn.Module) -> str:

@@ -167,11 +167,23 @@ class Arrow:
     evidence: dict[str, Stage] = field(default_factory=dict)
     artifact: str = ""
     """Which row of ``networks`` became the artifact: its twin."""
+    begun: tuple[Stage, ...] = ()
+    """Networks that others go on from, and that no row shows."""
 
     def __iter__(self) -> Iterator[Stage]:
-        """In the order of making; each once."""
-        seen = {stage.key: stage for part in (self.networks, self.files, self.evidence) for stage in part.values()}
-        return iter(seen.values())
+        """In the order of making: each once, after what it reads."""
+        shown = [stage for part in (self.networks, self.files, self.evidence) for stage in part.values()]
+        known = {stage.key: stage for stage in (*self.begun, *shown)}
+        found: dict[str, Stage] = {}
+
+        def visit(stage: Stage) -> None:
+            for key in stage.inputs:
+                visit(known[key])
+            found.setdefault(stage.key, stage)
+
+        for stage in shown:
+            visit(stage)
+        return iter(found.values())
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
