@@ -7,7 +7,8 @@
 For each data set: DATA.csv, the points of all sweeps given so far (a sweep takes the place of what was there of its
 data set, protocol, attack and seeds, so that seeds may be added one by one: `coldforge sweep FILE --seeds 1`); DATA.svg
 and DATA.png, the figure; DATA.json, the verdicts. Without sweeps these are made anew from the points. A sweep that is
-still at work may be given, too: what is missing is then said to be missing.
+still at work may be given, too: what is missing is then said to be missing. Seeds of one recipe that were computed with
+different settings are refused.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import argparse
 import io
 import json
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,25 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from paper_claims import judged, readings
-from paper_points import PAPER, Compression, Point, Read, load_paper, load_points, merged, read_sweeps, save_points
+from paper_points import (
+    PAPER,
+    Compression,
+    Point,
+    Read,
+    joined,
+    load_paper,
+    load_points,
+    merged,
+    read_sweeps,
+    save_points,
+)  # fmt: skip
 
 from coldforge.provenance import provenance
 from coldforge.report.plots import COLOURS, INK, MUTED, RULE, WRONG, to_png
 from coldforge.store import write_atomic
+from coldforge.sweep import load_sweep
 
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 DATA = {"fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
 COLUMNS: tuple[tuple[Compression, str, str], ...] = (
     ("pruning", "natural", "pruned, base trained naturally"),
@@ -97,13 +112,29 @@ def _caption(points: Sequence[Point]) -> str:
     main = [p for p in points if _is_main(p)]
     if not main:
         return "only points of other protocols so far"
-    seeds = len({point.seed for point in main})
+    counts = Counter((point.compression, point.level, point.base, point.arm) for point in main).values()
+    fewest, most = min(counts), max(counts)
+    seeds = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     attacked = min(point.n_attacked for point in main)
-    spread = "mean and standard deviation over" if seeds > 1 else "with"
+    spread = "mean and standard deviation over" if most > 1 else "with"
+    others = _others(points)
     return (
-        f"Lines: corrected protocol, PGD-20 on {attacked:,} test images, {spread} {seeds} seed{'s' * (seeds > 1)}. "
-        "Read off the paper: its “standard” beside natural bases, its “adversarial” beside adversarial ones."
+        f"Lines: corrected protocol, PGD-20 on {attacked:,} test images, {spread} {seeds} seed{'s' * (most > 1)}"
+        + (f" ({others})" if others else "")
+        + ". Read off the paper: its “standard” beside natural bases, its “adversarial” beside adversarial ones."
     )
+
+
+def _others(points: Sequence[Point]) -> str:
+    """The other protocols and attacks, each with its seeds and images."""
+    names = {"literal": "stars", "corrected": "dashes"}
+    found = []
+    for protocol, name in names.items():
+        part = [p for p in points if p.protocol == protocol and not _is_main(p)]
+        if part:
+            seeds = len({p.seed for p in part})
+            found.append(f"{name}: {seeds} seed{'s' * (seeds > 1)}, {min(p.n_attacked for p in part):,} images")
+    return "; ".join(found)
 
 
 def _is_main(point: Point) -> bool:
@@ -203,11 +234,23 @@ def write(data: str, points: Sequence[Point], sweeps: dict[str, Any], out: Path)
     record = {
         "what": "claims of arXiv 2403.09441 held against our sweeps: python benchmarks/paper_figure.py",
         "sweeps": sweeps,
+        "not_computed": not_computed(data, sweeps),
         "claims": judged(points, data),
         "readings": readings(points, paper, data),
         "provenance": provenance(0, "python benchmarks/paper_figure.py"),
     }
     write_atomic(out / f"{data}.json", json.dumps(record, indent=1, default=str) + "\n")
+
+
+def not_computed(data: str, sweeps: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Recipes of the figure to the seeds that no sweep has computed."""
+    found = {}
+    for path in sorted(RECIPES.glob(f"paper-figure1*{data}.toml")):
+        spec = load_sweep(path)
+        there = {seed for how in sweeps.values() if how["recipe"] == spec.name for seed in how["seeds"]}
+        if left := sorted(set(spec.seeds) - there):
+            found[spec.name] = left
+    return found
 
 
 def main() -> None:
@@ -226,7 +269,7 @@ def main() -> None:
         before = arguments.out / f"{data}.json"
         sweeps = json.loads(before.read_text(encoding="utf-8"))["sweeps"] if before.is_file() else {}
         here = {name: how for name, how in told.items() if how["data"] == data}
-        write(data, points, sweeps | here, arguments.out)
+        write(data, points, joined(sweeps, here), arguments.out)
         print(f"{arguments.out / data}.csv, .svg, .png, .json: {len(points)} points")
 
 

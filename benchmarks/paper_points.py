@@ -7,13 +7,16 @@ adversarially it is the file that was exported; its verdicts are the file's.
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from coldforge.errors import UsageError
-from coldforge.records import load_record
+from coldforge.records import Record, load_record
+from coldforge.sweep.run import ADDED, SWEEP
 from coldforge.sweep.table import Row, Sweep, load_results
 
 Compression = Literal["none", "pruning", "quantization"]
@@ -62,7 +65,7 @@ def points_of(sweep: Sweep) -> list[Point]:
         raise UsageError(f"{sweep.folder}: no trial is finished yet; run `coldforge sweep` again")
     if "base" not in sweep.axes:
         raise UsageError(f"{sweep.folder}: expected a sweep with the axis base, got {', '.join(sweep.axes)}")
-    recipe = load_record(sweep.folder / "records" / f"{sweep.finished[0]}.json").recipe
+    recipe = _record(sweep, sweep.finished[0]).recipe
     source, attacks = recipe["data"]["source"], recipe["evaluate"]["attacks"]  # type: ignore[index]
     data = "cifar10" if source.startswith("cifar10") else "fashion-mnist"
     trials: dict[str, list[Row]] = {}
@@ -102,7 +105,7 @@ def _point(row: Row, trained: Row, data: str, attack: str, compression: Compress
         row["seed"],
         row["clean_accuracy"],
         row["n"],
-        row["robust:worst_case"],
+        row["robust:worst_case"] if row["threat_model:box"] else row[f"robust:{attack}"],  # the paper has no transfer
         row["n_attacked"],
         row["masking"],
         row["params"],
@@ -113,25 +116,72 @@ def _point(row: Row, trained: Row, data: str, attack: str, compression: Compress
 
 
 def read_sweeps(folders: Iterable[Path]) -> tuple[list[Point], dict[str, dict[str, object]]]:
-    """The points of some sweeps; and of each sweep (name and seeds) how far it is and what sharing saved."""
+    """The points of some sweeps; and of each sweep (name and seeds) how far it is and what sharing saved.
+
+    A sweep without a finished trial has no points yet, and is left out.
+    """
     points, told = [], {}
     for folder in folders:
         sweep = load_results(folder)
+        if not sweep.finished:
+            continue
         found = points_of(sweep)
         points += found
         seeds = ", ".join(map(str, sweep.seeds))
         told[f"{sweep.name}, seed{'s' * (len(sweep.seeds) > 1)} {seeds}"] = {
             "recipe": sweep.name,
             "data": found[0].data,
+            "seeds": list(sweep.seeds),
+            "settings": _settings(folder),
+            "commits": sorted({str(_record(sweep, trial).provenance["git_commit"]) for trial in sweep.finished}),
             "trials": sweep.trials,
             "finished": len(sweep.finished),
             "failures": [
                 f"{', '.join(sweep.labels[trial] for trial in failure.trials)}: {failure.label}: {failure.error}"
                 for failure in sweep.failures
             ],
+            "repeated": [
+                f"{sweep.labels[row['trial']]}: {row['label']}: {row['notes']}"
+                for row in sweep.rows
+                if "collapsed" in row["notes"]
+            ],
             **sweep.stages,
         }
     return points, told
+
+
+def _record(sweep: Sweep, trial: str) -> Record:
+    return load_record(sweep.folder / "records" / f"{trial}.json")
+
+
+def _settings(folder: Path) -> str:
+    """A digest of all that a sweep says of its trials, seeds aside."""
+    written = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
+    said = {key: value for key, value in written.items() if key not in ("seeds", *ADDED)}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """What is told of all sweeps; a sweep takes the place of those of its recipe that have no other seeds.
+
+    Raises:
+        UsageError: seeds of one recipe were computed with different settings.
+    """
+    kept = {
+        name: how
+        for name, how in old.items()
+        if not any(
+            how["recipe"] == other["recipe"] and set(how["seeds"]) <= set(other["seeds"]) for other in new.values()
+        )
+    }
+    found = kept | new
+    for name, how in found.items():
+        for other, beside in found.items():
+            if how["recipe"] == beside["recipe"] and how["settings"] != beside["settings"]:
+                raise UsageError(
+                    f"{name} and {other}: expected the same settings, got different ones; give all seeds anew"
+                )
+    return found
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

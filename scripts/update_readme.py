@@ -230,7 +230,8 @@ def paper_figure(path: Path) -> str:
     if not path.is_file():
         return NOT_COMPUTED
     lines = [f"![The paper's figure, computed here](../results/paper/{path.stem}.svg)", ""]
-    for name, sweep in json.loads(path.read_text(encoding="utf-8"))["sweeps"].items():
+    record = json.loads(path.read_text(encoding="utf-8"))
+    for name, sweep in record["sweeps"].items():
         recipe, share = sweep["recipe"], sweep["macs"] / sweep["macs_alone"]
         lines.append(
             f"- `recipes/{recipe}.toml`{name.removeprefix(recipe)}: {sweep['finished']} of {sweep['trials']} trials, "
@@ -238,6 +239,11 @@ def paper_figure(path: Path) -> str:
             "independent trials."
         )
         lines += [f"  - Not there: {failure}." for failure in sweep["failures"]]
+        lines += [f"  - Tried again: {repeated}." for repeated in sweep["repeated"]]
+    for recipe, seeds in record["not_computed"].items():
+        lines.append(
+            f"- `recipes/{recipe}.toml`, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}: not computed yet."
+        )
     return "\n".join(lines)
 
 
@@ -249,19 +255,25 @@ def paper_claims(path: Path) -> str:
     cases = list(dict.fromkeys(_case(finding) for row in rows for finding in row["findings"]))
     lines = ["| claim | " + " | ".join(cases) + " |", "|---|" + "---|" * len(cases)]
     for row in rows:
-        verdicts = {_case(finding): finding["verdict"] for finding in row["findings"]}
+        verdicts = {_case(found): f"{found['verdict']} ({_seeds(found)})" for found in row["findings"]}
         lines.append(f"| {row['claim']} | " + " | ".join(verdicts.get(case, "–") for case in cases) + " |")
     for number, row in enumerate(rows, 1):
         lines += ["", f"{number}. **{row['claim']}**"]
-        lines += [f"   - {_case(found)}: **{found['verdict']}.** {found['sentence']}" for found in row["findings"]]
+        lines += [
+            f"   - {_case(found)}, {_seeds(found)}: **{found['verdict']}.** {found['sentence']}"
+            for found in row["findings"]
+        ]
         lines += [] if row["findings"] else [f"   - {NOT_COMPUTED}"]
     return "\n".join(lines)
 
 
 def _case(finding: dict[str, object]) -> str:
-    seeds = f"{finding['seeds']} seed" + "s" * (finding["seeds"] != 1)
     attack = {"autoattack-lite": "AutoAttack-lite"}.get(str(finding["attack"]), "PGD-20")
-    return f"{finding['protocol']}, {attack}, {seeds}"
+    return f"{finding['protocol']}, {attack}"
+
+
+def _seeds(finding: dict[str, object]) -> str:
+    return f"{finding['seeds']} seed" + "s" * (finding["seeds"] != 1)
 
 
 def paper_readings(path: Path) -> str:
