@@ -397,7 +397,7 @@ def _order(point: Point) -> tuple[bool, bool]:
 def readings(points: Sequence[Point], paper: Sequence[Read], data: str) -> list[dict[str, object]]:
     """How far each of our kinds of networks is from each line of the paper's legend.
 
-    Only levels that all kinds of a protocol and compression have are compared; in the corrected protocol only 8 bits and
+    Only levels that all kinds of a protocol and compression have are compared; in the corrected protocol 8 bits and
     more, as the paper's networks of fewer bits are not trained through their rounding, and ours are.
 
     Returns:

@@ -72,7 +72,7 @@ def forged(model, data, tmp_path_factory):
             model, data, out=folder / "out", settings=SETTINGS, store=Store(folder / "store"), progress=progress
         )
     assert torch.get_num_threads() == threads
-    assert "fine-tune: adversarial" in progress.ended
+    assert {"fine-tune in float: adversarial", "round after fine-tuning: adversarial"} <= set(progress.ended)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(module.training for module in model.modules())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())

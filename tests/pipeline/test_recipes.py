@@ -8,6 +8,7 @@ import torch
 from coldforge.compress import load_network, read_structure
 from coldforge.errors import RecipeError
 from coldforge.models import model_source
+from coldforge.recipe import FinetuneSpec
 from coldforge.store import Store
 
 STRONG = {
@@ -77,9 +78,19 @@ def test_a_network_may_be_rounded_after_all_of_its_training(recipe, forge_again,
     with pytest.raises(RecipeError, match=r"finetune\.float_epochs: expected at most finetune\.epochs = 2, got 3"):
         recipe({"finetune.epochs": 2, "finetune.float_epochs": 3})
     with pytest.raises(
-        RecipeError, match=r"finetune\.float_epochs: expected a number of epochs, 0 or more, or .all., got .some."
+        RecipeError,
+        match=r"finetune\.float_epochs: expected a number of epochs, 0 or more, .all. or .auto., got .some.",
     ):
         recipe({"finetune.float_epochs": "some"})
+
+
+@pytest.mark.parametrize(
+    ("epochs", "bits", "in_float"), [(3, 8, 3), (3, 16, 3), (1, 8, 1), (3, 4, 1), (10, 2, 1), (2, 4, 0), (1, 1, 0)]
+)
+def test_how_many_epochs_are_in_floating_point_by_itself(epochs, bits, in_float, recipe):
+    spec = recipe({"finetune.epochs": epochs, "finetune.float_epochs": "auto"}).finetune
+    assert spec.epochs_in_float(bits) == in_float
+    assert FinetuneSpec().float_epochs == "auto", "which is what a recipe gets that says nothing"
 
 
 def test_networks_that_differ_in_their_bits_share_the_epochs_in_floating_point(recipe, forge_again, tmp_path):

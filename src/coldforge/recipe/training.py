@@ -77,9 +77,14 @@ class FinetuneSpec(TrainSpec):
     """Who teaches in distill: the dense baseline, or the dense adversarially trained reference (trained if need be)."""
     attack: str = "pgd-2"
     """Inner attack of the adversarial arm: fgsm-rs, n-fgsm, fgsm-reuse, or pgd-K such as pgd-7."""
-    float_epochs: int | Literal["all"] = 0
+    optimizer: Literal["sgd", "muon"] = "muon"
+    """sgd: stochastic gradient descent with momentum. muon: orthogonal steps for convolutions, for the rest sgd."""
+    batch_size: int = Field(default=64, ge=1)
+    """Images a step."""
+    float_epochs: int | Literal["all", "auto"] = "auto"
     """So many of the epochs come first, in floating point and with BatchNorm, before the network is rounded; "all" of
-    them: it is only rounded, and not trained through its rounding, which is enough at 8 bits."""
+    them: it is only rounded, and not trained through its rounding, which is enough at 8 bits. auto: all from 8 bits on,
+    below it the first of three or more."""
     float_lr: Number = Field(default=0.0, ge=0)
     """Peak learning rate of these; 0: lr."""
     lr: Number = Field(default=0.03, gt=0)
@@ -94,13 +99,14 @@ class FinetuneSpec(TrainSpec):
     @field_validator("float_epochs", mode="before")
     @classmethod
     def _number_or_all(cls, value: object) -> object:
-        if value == "all" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        if value in ("all", "auto") or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
             return value
-        raise ValueError(f'expected a number of epochs, 0 or more, or "all", got {value!r}')
+        raise ValueError(f'expected a number of epochs, 0 or more, "all" or "auto", got {value!r}')
 
-    @property
-    def epochs_in_float(self) -> int:
-        """``float_epochs`` as a number."""
+    def epochs_in_float(self, bits: int) -> int:
+        """``float_epochs`` as a number, for the fewer of the bits of weights and activations."""
+        if self.float_epochs == "auto":
+            return self.epochs if bits >= 8 else min(1, self.epochs // 3)
         return self.epochs if self.float_epochs == "all" else self.float_epochs
 
     @model_validator(mode="after")
@@ -109,7 +115,7 @@ class FinetuneSpec(TrainSpec):
             raise ValueError(
                 'finetune.objective is that of the adversarial arm; expected finetune.arms = ["natural"] instead'
             )
-        if self.epochs_in_float > self.epochs:
+        if isinstance(self.float_epochs, int) and self.float_epochs > self.epochs:
             raise ValueError(
                 f"finetune.float_epochs: expected at most finetune.epochs = {self.epochs}, got {self.float_epochs}"
             )

@@ -224,7 +224,7 @@ def finetune(
     cost = 0.0 if spec is None else 1.5 * training_macs(shop, spec, shop.small_macs())
     return shop.declare(
         "finetune",
-        f"fine-tune: {arm}" if spec is not None else f"round after fine-tuning: {arm}",
+        f"fine-tune: {arm}" if spec else f"{'round' if quantization.enabled else 'fold'} after fine-tuning: {arm}",
         [*settings, shop.recipe.seed],
         [stage for stage in (compressed, begun, teaches) if stage is not None],
         build,
@@ -241,9 +241,11 @@ def _parts(shop: Shop, arm: str) -> tuple[TrainSpec | None, TrainSpec | None]:
         plain = TrainSpec()
         only_adversarial = {name: getattr(plain, name) for name in ("attack", "beta", "soft", "temperature", "awp")}
         spec = spec.model_copy(update={**only_adversarial, "objective": "natural", "eps_ramp": 0.0})
-    first = {"epochs": whole.epochs_in_float, "lr": whole.float_lr or whole.lr, "bits_ramp": 0.0}
-    rest: dict[str, object] = {"epochs": whole.epochs - whole.epochs_in_float}
-    if whole.epochs_in_float:
+    quantization = shop.recipe.quantize
+    in_float = whole.epochs_in_float(min(quantization.weight_bits, quantization.activation_bits))
+    first = {"epochs": in_float, "lr": whole.float_lr or whole.lr, "bits_ramp": 0.0}
+    rest: dict[str, object] = {"epochs": whole.epochs - in_float}
+    if in_float:
         rest["eps_ramp"] = 0.0  # the network is robust already
     before, after = spec.model_copy(update=first), spec.model_copy(update=rest)
     return before if before.epochs else None, after if after.epochs else None
