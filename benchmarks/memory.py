@@ -44,12 +44,14 @@ EVERY_S = 0.05
 
 def short(recipe: Recipe) -> dict[str, object]:
     """What is changed without --full."""
+    epochs, bits = recipe.finetune.epochs, min(recipe.quantize.weight_bits, recipe.quantize.activation_bits)
+    in_float = recipe.finetune.epochs_in_float(bits)
     return {
         "data.train_n": TRAIN_N,
         "data.validation": VALIDATION,
         "model.train.epochs": 1,
-        "finetune.epochs": 2 if 0 < recipe.finetune.epochs_in_float < recipe.finetune.epochs else 1,
-        "finetune.float_epochs": min(recipe.finetune.epochs_in_float, 1),
+        "finetune.epochs": 2 if 0 < in_float < epochs else 1,
+        "finetune.float_epochs": min(in_float, 1),
         "evaluate.n": EVALUATE_N,
         "evaluate.masking_n": min(recipe.evaluate.masking_n, EVALUATE_N // 8),
     }

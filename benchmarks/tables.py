@@ -184,7 +184,11 @@ def goals(records: Mapping[str, Contents]) -> str:
         own = row["own_quantizer"]
         found += [
             (f"latency, {where_}: times eager PyTorch", f"{row['times_faster_than_eager']:.1f}", {**row, "sign": "≥"}),
-            (f"latency, {where_}: times the own quantizer", f"{own['times_faster']:.2f}", {**own, "sign": "≥"}),
+            (
+                f"latency, {where_}: times ONNX Runtime's own quantizer",
+                f"{own['times_faster']:.2f}",
+                {**own, "sign": "≥"},
+            ),
             (f"share of the int8 peak, {where_}", f"{row['share_of_peak']:.0%}", {**row["share"], "sign": "≥"}),
         ]
         for other in _same_file_in_openvino(records["latency"], row):

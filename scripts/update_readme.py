@@ -126,7 +126,7 @@ def sweep(path: Path) -> str:
 
 def attack_speed(path: Path) -> str:
     """Seconds of everybody on the same images, and how many times longer than ours."""
-    lines = ["| processor | network | attack | who | how | seconds | times ours | stand % |"]
+    lines = ["| processor | network | attack | who | how | seconds | times ours, helped | stand % |"]
     lines += ["|---|---|---|---|---|---:|---:|---:|"]
     for run in json.loads(path.read_text(encoding="utf-8"))["runs"]:
         for row in run["rows"]:

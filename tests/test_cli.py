@@ -406,9 +406,13 @@ def test_recipes(capsys):
 
 
 def test_recipes_attacks(fake, capsys):
-    fake("coldforge.attacks", ATTACK_FORMS={"pgd-K": "K steps"})
+    fake("coldforge.attacks", ATTACK_FORMS={"pgd-K": "K steps"}, INNER_FORMS={"n-fgsm": "one step from noise"})
     assert main(["recipes", "--attacks"]) == 0
-    assert "K steps" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "K steps" in shown
+    assert "one step from noise" in shown
+    assert main(["recipes", "--attacks", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["training"] == {"n-fgsm": "one step from noise"}
 
 
 # --- store

@@ -354,16 +354,18 @@ def recipes(name: str = "", /, *, keys: bool = False, attacks: bool = False, jso
     Args:
         name: a preset or the path of a TOML file; without it, all presets are listed.
         keys: print every key, each with what it means.
-        attacks: list the names of attacks that a recipe may hold.
+        attacks: list the names of attacks that a recipe may hold: of its evaluation, and of its trainings.
         json: print as JSON.
     """
     from coldforge.console import documented_toml, print_json, print_table
     from coldforge.recipe import load_recipe, preset_names, to_toml
 
     if attacks:
-        from coldforge.attacks import ATTACK_FORMS
+        from coldforge.attacks import ATTACK_FORMS, INNER_FORMS
 
-        print_json(ATTACK_FORMS) if json else print_table(("attack", "meaning"), list(ATTACK_FORMS.items()))
+        forms = {"evaluation": ATTACK_FORMS, "training": INNER_FORMS}
+        rows = [(name, meaning, use) for use, names in forms.items() for name, meaning in names.items()]
+        print_json(forms) if json else print_table(("attack", "meaning", "of"), rows)
     elif name or keys:
         recipe = load_recipe(name or "quickstart")
         if json:

@@ -155,8 +155,8 @@ def test_literal_threat_model_is_said(make_record: Make) -> None:
 
 def test_headline_of_the_full_record(make_record: Make) -> None:
     assert headline(make_record()) == (
-        "The artifact keeps 84.5 % clean accuracy (baseline 92.0 %), holds 75.0 % under PGD-20 (baseline 0.3 %), "
-        "and is 13.7 times smaller and 12.7 times faster than the dense network in eager PyTorch "
+        "The artifact keeps 84.5 % clean accuracy (baseline 92.0 %), holds 75.0 % in the worst case of all attacks "
+        "(baseline 0.3 %), and is 13.7 times smaller and 12.7 times faster than the dense network in eager PyTorch "
         "(4.0 times faster with both in ONNX Runtime)."
     )
 
@@ -187,6 +187,8 @@ def test_headline_is_honest_where_the_artifact_is_not_better(make_record: Make) 
     assert "6.3 times slower with both in ONNX Runtime" in text
     same = changed(make_record(), "artifact", size_bytes=2_206_000)
     assert "is about as large as and 12.7 times faster than the dense network" in headline(same)
+    several = changed(make_record(), "artifact", robust_accuracy={"pgd-20": 0.75, "worst_case": 0.74})
+    assert "holds 74.0 % in the worst case of all attacks (baseline 0.3 %)" in headline(several)
     better = changed(make_record(), "artifact", clean_accuracy=0.93)
     assert headline(better).startswith("The artifact reaches 93.0 %")
 

@@ -31,7 +31,7 @@ LITE = Ensemble(
     label="autoattack-lite",
     parts=(APGD(loss="ce", steps=30), APGD(loss="dlr", steps=20, n_targets=3), Square(steps=500)),
 )
-"""For daily work. Measured against the whole ensemble in docs/evidence.md."""
+"""For daily work."""
 STANDARD = Ensemble(label="autoattack", parts=(APGD(loss="ce"), APGD(loss="dlr"), FAB(), Square()))
 """AutoAttack, version "standard" (Croce and Hein 2020): the same parts, budgets and order."""
 

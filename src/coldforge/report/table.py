@@ -333,14 +333,16 @@ def _pct(fraction: float) -> str:
 
 
 def strongest(stage: StageRecord, record: Record) -> str | None:
-    """The attack that leaves the least robust accuracy (the later one of equals); None where none was run."""
-    names = [name for name in reversed(attacks(record)) if name in stage.robust_accuracy]
+    """The attack that leaves the least robust accuracy (the later one of equals); WORST, all of them together, if that
+    leaves less; None where none was run.
+    """
+    names = [name for name in (*reversed(attacks(record)), WORST) if name in stage.robust_accuracy]
     return min(names, key=lambda name: stage.robust_accuracy[name]) if names else None
 
 
 def _alone(stage: StageRecord, record: Record) -> str:
     name = strongest(stage, record)
-    return f" and {_pct(stage.robust_accuracy[name])} under {text.attack(name)}" if name else "; no attack was run"
+    return f" and {_pct(stage.robust_accuracy[name])} {text.under(name)}" if name else "; no attack was run"
 
 
 def _clean(stage: StageRecord, base: StageRecord) -> str:
@@ -355,12 +357,12 @@ def _robust(stage: StageRecord, base: StageRecord, record: Record) -> str:
         return "was not attacked, so that its robustness is unknown"
     mine, theirs = stage.robust_accuracy[name], base.robust_accuracy.get(name)
     if theirs is None:
-        return f"holds {_pct(mine)} under {text.attack(name)} (baseline not attacked)"
+        return f"holds {_pct(mine)} {text.under(name)} (baseline not attacked)"
     low = stage.robust_ci95.get(name, (mine, mine))[0]
     high = base.robust_ci95.get(name, (theirs, theirs))[1]
     if low > high:
-        return f"holds {_pct(mine)} under {text.attack(name)} (baseline {_pct(theirs)})"
-    return f"holds {_pct(mine)} under {text.attack(name)}, no measurable gain over the baseline's {_pct(theirs)}"
+        return f"holds {_pct(mine)} {text.under(name)} (baseline {_pct(theirs)})"
+    return f"holds {_pct(mine)} {text.under(name)}, no measurable gain over the baseline's {_pct(theirs)}"
 
 
 def _efficiency(stage: StageRecord, base: StageRecord, record: Record) -> str:

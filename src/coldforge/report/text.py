@@ -158,6 +158,15 @@ def bits(weight: int, activation: int) -> str:
     return "fp32" if (weight, activation) == (32, 32) else f"w{weight} a{activation}"
 
 
+def under(name: str) -> str:
+    """How an accuracy was reached.
+
+    >>> under("pgd-20"), under("worst_case")
+    ('under PGD-20', 'in the worst case of all attacks')
+    """
+    return "in the worst case of all attacks" if name == "worst_case" else f"under {attack(name)}"
+
+
 def attack(name: str) -> str:
     """An attack's name as people write it. The lite cascade is never written like AutoAttack.
 
