@@ -333,7 +333,7 @@ def _pct(fraction: float) -> str:
 
 
 def strongest(stage: StageRecord, record: Record) -> str | None:
-    """What leaves the least robust accuracy: an attack (the later of equals), or all, WORST. None: no attack was run."""
+    """What leaves the least robust accuracy: an attack (the later of equals), or all, WORST. None: there was none."""
     names = [name for name in (*reversed(attacks(record)), WORST) if name in stage.robust_accuracy]
     return min(names, key=lambda name: stage.robust_accuracy[name]) if names else None
 
