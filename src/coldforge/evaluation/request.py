@@ -108,7 +108,7 @@ class Request(NetworkRequest):
 
 
 DEFAULTS = Request()
-NETWORK_DEFAULTS = NetworkRequest(n=500)
+NETWORK_DEFAULTS = NetworkRequest()
 
 
 def parse_duration(text: str) -> float:
