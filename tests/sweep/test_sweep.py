@@ -20,8 +20,8 @@ from toy import ToyWorkshop
 from coldforge.errors import RecipeError, UsageError
 from coldforge.records import Record, load_record
 from coldforge.sweep import Listener, State, SweepSpec, conduct, expand, load_sweep, make_executor, survey, time_left
-from coldforge.sweep.executors import MOST_LOSSES
 from coldforge.sweep.graph import Task
+from coldforge.sweep.outcome import MOST_LOSSES
 from coldforge.sweep.plan import plan_of, trial_of
 from coldforge.sweep.table import load_results, over_seeds, pick, write_tables
 

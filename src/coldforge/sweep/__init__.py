@@ -1,7 +1,8 @@
 """Sweeps: many trials of one recipe, their common stages made once, on one machine or a cluster."""
 
-from coldforge.sweep.executors import Executor, Outcome, make_executor
+from coldforge.sweep.executors import Executor, make_executor
 from coldforge.sweep.graph import Graph, Task, Workshop
+from coldforge.sweep.outcome import Outcome
 from coldforge.sweep.run import Failure, Listener, State, conduct, survey, time_left
 from coldforge.sweep.spec import SweepSpec, Trial, expand, load_sweep
 from coldforge.sweep.workshop import RecipeWorkshop

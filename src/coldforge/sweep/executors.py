@@ -12,31 +12,17 @@ import os
 import signal
 import threading
 import time
-import traceback
 from collections import deque
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
-from coldforge.errors import ColdforgeError, UsageError
+from coldforge.errors import UsageError
 from coldforge.sweep.graph import Workshop
+from coldforge.sweep.outcome import MOST_LOSSES, Outcome, attempt
 from coldforge.sweep.spec import Trial
 
-MOST_LOSSES = 3
-"""A stage whose worker died so often is given up: it may be what kills them."""
 _PARENT_SECONDS = 1.0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one task."""
-
-    key: str
-    seconds: float
-    error: str = ""
-    """One line for people; empty where it was made."""
-    details: str = ""
-    """The traceback."""
 
 
 class Executor(Protocol):
@@ -54,18 +40,6 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Stop at once; what is unfinished is resumed by the next sweep."""
-
-
-def attempt(workshop: Workshop, trial: Trial, key: str) -> Outcome:
-    """Make one stage and catch what goes wrong, so that the rest of a sweep goes on."""
-    begin = time.monotonic()
-    try:
-        workshop.make(trial, key)
-    except ColdforgeError as error:
-        return Outcome(key, time.monotonic() - begin, str(error), traceback.format_exc())
-    except Exception as error:
-        return Outcome(key, time.monotonic() - begin, f"{type(error).__name__}: {error}", traceback.format_exc())
-    return Outcome(key, time.monotonic() - begin)
 
 
 class Serial:

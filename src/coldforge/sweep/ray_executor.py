@@ -9,8 +9,8 @@ import uuid
 from typing import Any
 
 from coldforge.errors import UsageError
-from coldforge.sweep.executors import MOST_LOSSES, Outcome, attempt
 from coldforge.sweep.graph import Workshop
+from coldforge.sweep.outcome import MOST_LOSSES, Outcome, attempt
 from coldforge.sweep.spec import Trial
 
 _workshops: dict[str, Workshop] = {}

@@ -22,8 +22,9 @@ from typing import Any
 
 from coldforge.errors import StoreError, UsageError
 from coldforge.store import write_atomic
-from coldforge.sweep.executors import Executor, Outcome, attempt
+from coldforge.sweep.executors import Executor
 from coldforge.sweep.graph import EXCLUSIVE, Graph, Workshop
+from coldforge.sweep.outcome import Outcome, attempt
 from coldforge.sweep.spec import SweepSpec, Trial
 
 SWEEP, RECORDS, FAILURES = "sweep.json", "records", "failures.json"
