@@ -117,7 +117,7 @@ def sweep(path: Path) -> str:
     for row in rows:
         low, high = (100 * float(row[f"robust:{end}"]) for end in ("low", "high"))
         lines.append(
-            f"| {row.get('variant') or row['label']} | {100 * float(row['clean_accuracy']):.1f} "
+            f"| {(row['name'] == 'artifact' and row.get('variant')) or row['label']} | {100 * float(row['clean_accuracy']):.1f} "
             f"| {100 * float(row['robust:worst_case']):.1f} | {low:.1f} – {high:.1f} "
             f"| {float(row['train_macs']) / 1e12:.1f} |"
         )
