@@ -116,8 +116,9 @@ def sweep(path: Path) -> str:
     lines = ["| variant | clean % | PGD-20, worst case % | 95 % | training, 10¹² MACs |", "|---|---:|---:|---|---:|"]
     for row in rows:
         low, high = (100 * float(row[f"robust:{end}"]) for end in ("low", "high"))
+        name = (row["name"] == "artifact" and row.get("variant")) or row["label"]
         lines.append(
-            f"| {(row['name'] == 'artifact' and row.get('variant')) or row['label']} | {100 * float(row['clean_accuracy']):.1f} "
+            f"| {name} | {100 * float(row['clean_accuracy']):.1f} "
             f"| {100 * float(row['robust:worst_case']):.1f} | {low:.1f} – {high:.1f} "
             f"| {float(row['train_macs']) / 1e12:.1f} |"
         )
