@@ -25,7 +25,8 @@ OBJECTIVES = ("natural", "adversarial", "trades", "distill")
 
 
 def spec_of(objective, **settings):
-    return FinetuneSpec.model_construct(**{**FinetuneSpec().model_dump(), "objective": objective, **settings})
+    plain = {**FinetuneSpec().model_dump(), "optimizer": "sgd"}
+    return FinetuneSpec.model_construct(**{**plain, "objective": objective, **settings})
 
 
 def robust(network, data, threat, attack="pgd-10"):

@@ -26,7 +26,14 @@ LOSS, WEIGHT = {"rel": 2e-4}, {"rtol": 1e-3, "atol": 1e-4}
 
 
 def spec_of(**settings):
-    plain = {"objective": "natural", "epochs": 2, "batch_size": 15, "lr": 0.02, "weight_decay": 5e-4}
+    plain = {
+        "objective": "natural",
+        "optimizer": "sgd",
+        "epochs": 2,
+        "batch_size": 15,
+        "lr": 0.02,
+        "weight_decay": 5e-4,
+    }
     return FinetuneSpec.model_construct(**{**FinetuneSpec().model_dump(), **plain, **settings})
 
 
