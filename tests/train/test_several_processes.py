@@ -73,6 +73,7 @@ CASES = {
     "fgsm-rs": {"objective": "adversarial", "attack": "fgsm-rs"},
     "pgd": {"objective": "adversarial", "attack": "pgd-3"},
     "noise": {"objective": "trades", "attack": "n-fgsm"},
+    "muon": {"objective": "adversarial", "attack": "pgd-2", "optimizer": "muon"},
     "reuse": {"objective": "adversarial", "attack": "fgsm-reuse", "epochs": 3},
     "average and awp": {"objective": "adversarial", "attack": "pgd-2", "ema": 0.9, "awp": 0.01, "keep": "best"},
 }
