@@ -44,8 +44,7 @@ EVERY_S = 0.05
 
 def short(recipe: Recipe) -> dict[str, object]:
     """What is changed without --full."""
-    epochs, bits = recipe.finetune.epochs, min(recipe.quantize.weight_bits, recipe.quantize.activation_bits)
-    in_float = recipe.finetune.epochs_in_float(bits)
+    epochs, in_float = recipe.finetune.epochs, recipe.finetune.epochs_in_float(recipe.quantize.fewest_bits)
     return {
         "data.train_n": TRAIN_N,
         "data.validation": VALIDATION,

@@ -155,7 +155,7 @@ def finding(verdict: str, sentence: str, *differences: Difference) -> Finding:
         for point in each.points
         if point.arm == "adversarial"
     }
-    suspect = sum(verdict == "suspect" for verdict in panel.values())
+    suspect = sum(said == "suspect" for said in panel.values())
     if suspect:
         sentence += f" Masking panel: suspect ({suspect} of {len(panel)} networks)."
         verdict = OPEN if verdict == HOLDS else verdict

@@ -129,6 +129,11 @@ class QuantizeSpec(Spec):
         """False where both weights and activations stay in floating point."""
         return (self.weight_bits, self.activation_bits) != (32, 32)
 
+    @property
+    def fewest_bits(self) -> int:
+        """The fewer of the bits of weights and activations."""
+        return min(self.weight_bits, self.activation_bits)
+
     @model_validator(mode="after")
     def _both(self) -> Self:
         if self.enabled and 32 in (self.weight_bits, self.activation_bits):

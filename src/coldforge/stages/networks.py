@@ -100,7 +100,7 @@ def prune(shop: Shop, network: Stage) -> Stage:
                 small = result.model
                 results.append(result)
         save_network(folder, small, structure.model_copy(update={"pruning": plan}))
-        write_json(folder / "result.json", outcome_of(results))
+        write_json(folder / "result.json", joined_outcomes([outcome_of(result) for result in results]))
 
     seed = shop.recipe.seed if spec.importance == "random" or sees_images or between else 0
     attacked = threat_of(shop, between) if between else None
@@ -156,13 +156,18 @@ def quantize(shop: Shop, network: Stage) -> Stage:
 
     def build(folder: Path, report: Report) -> None:
         small, structure = shop.network(network)
-        images = shop.data.train.pixels(slice(0, spec.calibration_n))
-        rounded = quantize_network(small, spec, images, beyond_box=beyond)
         quantization = spec if spec.enabled else None
-        save_network(folder, rounded, structure.model_copy(update={"quantization": quantization}))
+        save_network(folder, _rounded(shop, small), structure.model_copy(update={"quantization": quantization}))
 
     label = f"quantize to {spec.weight_bits}/{spec.activation_bits} bits" if spec.enabled else "quantize (off)"
     return shop.declare("quantize", label, [spec, beyond] if beyond else [spec], [network], build)
+
+
+def _rounded(shop: Shop, network: nn.Module) -> nn.Module:
+    """Folded, rounded and calibrated as the recipe says."""
+    spec = _quantization(shop)
+    images = shop.data.train.pixels(slice(0, spec.calibration_n))
+    return quantize_network(network, spec, images, beyond_box=_beyond_box(shop))
 
 
 def finetune_in_float(shop: Shop, parent: Stage, arm: str, *, teacher: Stage | None = None) -> Stage | None:
@@ -202,23 +207,23 @@ def finetune(
     """
     _, spec = _parts(shop, arm)
     teaches = teacher if spec is not None and spec.objective == "distill" else None
-    quantization, beyond = _quantization(shop), _beyond_box(shop)
+    quantization = _quantization(shop)
 
     def build(folder: Path, report: Report) -> None:
         network, structure = shop.network(compressed)
         earlier = []
         if begun is not None:
-            images = shop.data.train.pixels(slice(0, quantization.calibration_n))
-            network = quantize_network(shop.network(begun)[0], quantization, images, beyond_box=beyond)
+            network = _rounded(shop, shop.network(begun)[0])
             earlier.append(shop.result(begun))
         if spec is not None:
             taught_by = shop.network(teaches)[0] if teaches else None
             train_into(shop, folder, network, structure, spec, report, teacher=taught_by, earlier=earlier)
             return
-        bits = min(quantization.weight_bits, quantization.activation_bits)
-        notes = [_UNTRAINED.format(bits)] if bits < 8 else []  # 8 need no training
+        outcome = joined_outcomes(earlier)
+        if quantization.fewest_bits < 8:  # 8 need no training
+            outcome["notes"].append(_UNTRAINED.format(quantization.fewest_bits))
         save_network(folder, network, structure)
-        write_json(folder / "result.json", joined_outcomes([*earlier, {**outcome_of([]), "notes": notes}]))
+        write_json(folder / "result.json", outcome)
 
     settings = [] if spec is None else [spec, threat_of(shop, spec)]
     cost = 0.0 if spec is None else 1.5 * training_macs(shop, spec, shop.small_macs())
@@ -241,8 +246,7 @@ def _parts(shop: Shop, arm: str) -> tuple[TrainSpec | None, TrainSpec | None]:
         plain = TrainSpec()
         only_adversarial = {name: getattr(plain, name) for name in ("attack", "beta", "soft", "temperature", "awp")}
         spec = spec.model_copy(update={**only_adversarial, "objective": "natural", "eps_ramp": 0.0})
-    quantization = shop.recipe.quantize
-    in_float = whole.epochs_in_float(min(quantization.weight_bits, quantization.activation_bits))
+    in_float = whole.epochs_in_float(shop.recipe.quantize.fewest_bits)
     first = {"epochs": in_float, "lr": whole.float_lr or whole.lr, "bits_ramp": 0.0}
     rest: dict[str, object] = {"epochs": whole.epochs - in_float}
     if in_float:
@@ -262,22 +266,17 @@ def control(shop: Shop, compressed: Stage) -> Stage:
     whole = shop.recipe.finetune
     tuning = {name: getattr(whole, name) for name in TrainSpec.model_fields}
     spec = TrainSpec(**{**tuning, "objective": "adversarial", "lr": shop.recipe.model.train.lr, "bits_ramp": 0.0})
-    quantization = _quantization(shop)
 
     def build(folder: Path, report: Report) -> None:
         _, structure = shop.network(compressed)
         bare = structure.model_copy(update={"quantization": None})
         fresh = build_network(bare, shop.live_source, seed=shop.recipe.seed + 1)
-        _training(shop, lambda: fresh, structure, spec, finish=round_it)(folder, report)
-
-    def round_it(network: nn.Module) -> nn.Module:
-        images = shop.data.train.pixels(slice(0, quantization.calibration_n))
-        return quantize_network(network, quantization, images, beyond_box=_beyond_box(shop))
+        train_into(shop, folder, fresh, structure, spec, report, finish=partial(_rounded, shop))
 
     return shop.declare(
         "control",
         "control: train the small network from scratch",
-        [spec, quantization, threat_of(shop, spec), shop.recipe.seed],
+        [spec, _quantization(shop), threat_of(shop, spec), shop.recipe.seed],
         [compressed],
         build,
         trains=True,
@@ -290,11 +289,9 @@ def _training(
     start: Callable[[], nn.Module],
     structure: Structure,
     spec: TrainSpec,
-    *,
-    finish: Callable[[nn.Module], nn.Module] = lambda network: network,
 ) -> Callable[[Path, Report], None]:
     def build(folder: Path, report: Report) -> None:
-        train_into(shop, folder, start(), structure, spec, report, finish=finish)
+        train_into(shop, folder, start(), structure, spec, report)
 
     return build
 

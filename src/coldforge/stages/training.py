@@ -42,7 +42,7 @@ def train_into(
     """
     result = trained(shop, network, spec, folder, report, teacher=teacher)
     save_network(folder, finish(result.model), structure)
-    write_json(folder / "result.json", joined_outcomes([*earlier, outcome_of([result])]))
+    write_json(folder / "result.json", joined_outcomes([*earlier, outcome_of(result)]))
 
 
 def trained(
@@ -63,19 +63,14 @@ def trained(
     )
 
 
-def outcome_of(results: Sequence[TrainResult]) -> dict[str, Any]:
-    """What the record says of one or more trainings, one after the other."""
-    return joined_outcomes(
-        [
-            {
-                "train_seconds": result.seconds,
-                "train_macs": result.macs,
-                "curve": [point.model_dump() for point in result.curve],
-                "notes": list(result.notes),
-            }
-            for result in results
-        ]
-    )
+def outcome_of(result: TrainResult) -> dict[str, Any]:
+    """What the record says of one training."""
+    return {
+        "train_seconds": result.seconds,
+        "train_macs": result.macs,
+        "curve": [point.model_dump() for point in result.curve],
+        "notes": list(result.notes),
+    }
 
 
 def joined_outcomes(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
