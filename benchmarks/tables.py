@@ -225,6 +225,25 @@ def profiles(record: Contents) -> str:
     return f"{markdown(['network', 'step', 'who', 'ms', *kinds, 'the rest'], rows, 3)}\n\n{where(record)}."
 
 
+def limits(record: Contents) -> str:
+    """How many times faster than a plain loop anybody could be."""
+    rows = []
+    for run in record["runs"]:
+        (row,) = run["rows"]
+        times = (f"{1e3 * row[name]:.1f}" for name in ("plain_s", "necessary_s"))
+        most = f"{row['most']:.2f}", f"{row['share_of_peak']:.0%}", f"{row['most_at_peak']:.2f}"
+        rows.append([run["network"], f"{run['step']}, {run['images']} images", *times, *most])
+    header = [
+        "network",
+        "step",
+        "plain loop, ms",
+        "products alone, ms",
+        "plain loop / products",
+        "share of the bf16 peak",
+    ]
+    return f"{markdown([*header, 'plain loop / at the peak'], rows, 2)}\n\n{where(record)}."
+
+
 TABLES: dict[str, Callable[[Contents], str]] = {
     "training_speed": training_speed,
     "quantization_overhead": quantization_overhead,
@@ -234,5 +253,6 @@ TABLES: dict[str, Callable[[Contents], str]] = {
     "startup": startup,
     "memory": memory,
     "profiles": profiles,
+    "limits": limits,
 }
 """Kind of a table, which for most is the name of a record: the table as Markdown."""

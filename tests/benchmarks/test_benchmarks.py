@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import latency
+import limits
 import main_job
 import memory
 import plain
@@ -20,10 +21,11 @@ import tables
 import torch
 import training_speed
 import turns
-from networks import untrained
+from networks import SHAPES, untrained
+from torch.utils.flop_counter import FlopCounterMode
 
 from coldforge.attacks import ThreatModel, parse_inner
-from coldforge.measure import measure_latency
+from coldforge.measure import count_macs, measure_latency
 from coldforge.recipe import load_recipe, preset_names
 from coldforge.records import load_record
 
@@ -100,7 +102,7 @@ def test_the_plain_attack_stays_in_ball_and_box_and_leaves_gradients_on_weights(
 def timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is measured here, so calls are not repeated."""
     once = functools.partial(measure_latency, min_repeats=1, warmup=0, settle=0.0, turn=0.0)
-    for module in (latency, main_job, profiles, quantization_overhead):
+    for module in (latency, limits, main_job, profiles, quantization_overhead):
         monkeypatch.setattr(module, "measure_latency", lambda calls, seconds: once(calls, seconds=0.0))
 
 
@@ -153,6 +155,24 @@ def test_profiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert parts["float"]["rounding"] == 0 < min(parts["ours"]["rounding"], parts["ours, before"]["rounding"])
         assert parts["ours"]["ReLU"] == 0 < parts["ours, before"]["ReLU"]
     assert tables.profiles(record.content).count("| cnn8 | attack step |") == len(profiles.WAYS)
+
+
+def test_limits_count_every_product_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(limits, "PEAK_SIZE", 64)
+    monkeypatch.setattr(limits, "STEPS", {"training step": 2, "attack step": 2})
+    record = turns.Record(tmp_path / "limits.json", "network", "step")
+    for step in limits.STEPS:
+        record.keep(limits.measured("resnet20", step, untrained("resnet20", 0.5), 0.0))
+    assert tables.limits(record.content).count("| resnet20 |") == 2
+    networks = untrained("resnet20", 0.5)
+    layers = limits.layers_of(networks.parent, networks.images[:2])
+    assert [layer.reads_pixels for layer in layers].count(True) == 1
+    counted = sum(layer.grad[0, 0].numel() * layer.weight.numel() for layer in layers)
+    assert counted == count_macs(networks.parent, SHAPES["resnet20"])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        limits.necessary("attack step", layers)()
+    first = layers[0].grad[0, 0].numel() * layers[0].weight.numel()
+    assert counter.get_total_flops() == 2 * 2 * (2 * counted - first)  # both images; two operations a multiply-add
 
 
 def test_latency(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

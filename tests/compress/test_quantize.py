@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from coldforge.compress import fused
 from coldforge.compress.fakequant import ActivationQuantizer, QuantizedLayer, attacking
-from coldforge.compress.quantize import calibrate, insert_quantizers, quantize, weight_bit_widths
+from coldforge.compress.quantize import calibrate, fold_quantized, insert_quantizers, quantize, weight_bit_widths
 from coldforge.compress.rectify import rectified
 from coldforge.errors import ModelError, TraceError
 from coldforge.models import model_source, normalized
@@ -298,6 +298,90 @@ def test_packed_size_counts_every_parameter_once(make: Build) -> None:
     assert all(bits == 32 for _, bits in sizes[4:])
 
 
+# --- BatchNorm that stays while the network is trained ----------------------------------------------------------------
+
+
+def norms(network: nn.Module) -> list[nn.BatchNorm2d]:
+    return [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+@pytest.mark.parametrize("name", ["residual", "separable", "functional", "pooled"])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_batchnorm_becomes_part_of_the_quantized_layer_before_it(make: Build, name: str, bits: int) -> None:
+    model = make(name)
+    before, generator = state(model), torch.Generator().manual_seed(0)
+    kept = quantize(model, spec(bits), some_images(), keep_batchnorm=True)
+    assert norms(kept)
+    for norm in norms(kept):  # as after a training: scales of both signs, and none
+        with torch.no_grad():
+            norm.weight.copy_(torch.randn(len(norm.weight), generator=generator))
+            norm.weight[0] = 0.0
+            norm.bias.copy_(torch.randn(len(norm.bias), generator=generator))
+    with torch.no_grad():
+        next(iter(layers(kept).values())).weight[:, 0] = 0.0
+    as_it_was = state(kept)
+    folded = fold_quantized(kept)
+    assert unchanged(model, before)
+    assert unchanged(kept, as_it_was)
+    assert not norms(folded)
+    plain = insert_quantizers(model, spec(bits))
+    assert [*state(folded)] == [*state(plain)]
+    plain.load_state_dict(folded.state_dict())
+    found = outputs(folded)
+    for layer, (expected, _) in outputs(kept).items():  # each on the input that it has in the network with BatchNorm
+        mine = layers(folded)[layer]
+        coarse = mine.accumulator_step().view(-1, *[1] * (expected.ndim - 2))
+        with torch.no_grad():
+            result = mine(outputs(kept)[layer][1])
+        assert bool(((result - expected).abs() <= 1.001 * coarse + 1e-5 * expected.abs().amax()).all())
+        assert int(mine.bias_codes().abs().max()) < 2**24
+    assert found.keys() == outputs(kept).keys()
+    with torch.no_grad():
+        assert torch.equal(plain(some_images(8)), folded(some_images(8)))
+
+
+def outputs(network: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of each quantized layer: its output, after the BatchNorm behind it if there is one, and its input."""
+    assert isinstance(network, fx.GraphModule)
+    modules, found = dict(network.named_modules()), {}
+
+    class Reader(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            result = super().run_node(n)
+            if n.op == "call_module" and isinstance(modules[str(n.target)], QuantizedLayer):
+                found[str(n.target)] = (result, self.env[n.all_input_nodes[0]])
+            if n.op == "call_module" and isinstance(modules[str(n.target)], nn.BatchNorm2d):
+                layer = str(n.all_input_nodes[0].target)
+                found[layer] = (result, found[layer][1])
+            return result
+
+    with torch.no_grad():
+        Reader(network).run(some_images(8))
+    return found
+
+
+def test_batchnorm_that_stays_is_measured_with_rounded_weights(make: Build) -> None:
+    model, images = make("residual"), some_images(256)
+    kept = quantize(model, spec(1), images, keep_batchnorm=True)
+    for norm in norms(kept):
+        assert norm.momentum == 0.1
+        assert not norm.training
+    conv, norm = next(iter(layers(kept).values())), norms(kept)[0]
+    quantizer, normalize = kept.get_submodule("quantizer_0"), kept.get_submodule("normalize")
+    with torch.no_grad():
+        reads = conv(quantizer(normalize(images)))
+    torch.testing.assert_close(norm.running_mean, reads.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+    halves = torch.stack([half.var((0, 2, 3)) for half in reads.split(128)]).mean(0)
+    torch.testing.assert_close(norm.running_var, halves, rtol=1e-3, atol=1e-5)
+
+
+def test_what_is_not_quantized_is_not_folded(make: Build) -> None:
+    model = make("residual")
+    assert fold_quantized(model) is model
+    off = quantize(model, spec(32), some_images(), keep_batchnorm=True)
+    assert norms(fold_quantized(off))
+
+
 # --- calibration -----------------------------------------------------------------------------------------------------
 
 
@@ -489,6 +573,18 @@ def test_training_through_the_rounding_saves_2_bits(trained: nn.Module, task: Ta
     assert expected == {name for name, _ in network.named_parameters()} - {image_step}
     codes = [layer.weight_codes().unique().tolist() for layer in layers(network).values()]
     assert all(set(found) <= {-1, 0, 1} for found in codes)
+
+
+def test_a_network_that_kept_its_batchnorm_answers_the_same_when_it_is_folded(trained: nn.Module, task: Task) -> None:
+    network = quantize(trained, spec(2), task[0][:256], keep_batchnorm=True)
+    start = score(network, task)
+    fit(network, task, lr=0.01, epochs=3)
+    assert score(network, task)[0] < 0.6 * start[0]
+    folded = fold_quantized(network)
+    assert norms(network)
+    assert not norms(folded)
+    with torch.no_grad():
+        assert float((folded(task[0]).argmax(1) == network(task[0]).argmax(1)).float().mean()) > 0.98
 
 
 def test_steps_that_are_not_learned_stay(trained: nn.Module, task: Task) -> None:

@@ -6,7 +6,15 @@ from coldforge.compress.graph import fold_batchnorm, trace
 from coldforge.compress.importance import taylor
 from coldforge.compress.kernels import fused
 from coldforge.compress.prune import PruningPlan, joined, prune, replay
-from coldforge.compress.quantize import calibrate, insert_quantizers, quantize, refit, set_bits, weight_bit_widths
+from coldforge.compress.quantize import (
+    calibrate,
+    fold_quantized,
+    insert_quantizers,
+    quantize,
+    refit,
+    set_bits,
+    weight_bit_widths,
+)
 from coldforge.compress.rectify import rectified
 
 __all__ = [
@@ -20,6 +28,7 @@ __all__ = [
     "calibrate",
     "fake_quantize",
     "fold_batchnorm",
+    "fold_quantized",
     "fused",
     "insert_quantizers",
     "joined",

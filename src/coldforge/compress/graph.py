@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
@@ -67,27 +69,38 @@ def fold_batchnorm(model: nn.Module) -> fx.GraphModule:
     A BatchNorm that does not directly follow such a layer, or whose layer feeds others too, stays.
     """
     graph_module = trace(model)
-    modules = dict(graph_module.named_modules())
-    calls: dict[str, int] = {}
-    for node in graph_module.graph.nodes:
-        if node.op == "call_module":
-            calls[node.target] = calls.get(node.target, 0) + 1
-    for node in list(graph_module.graph.nodes):
+    fold_into(graph_module, _folded)
+    return graph_module
+
+
+def _folded(layer: nn.Module, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> nn.Module | None:
+    if isinstance(layer, nn.Conv2d):
+        return fuse_conv_bn_eval(layer, norm)
+    return fuse_linear_bn_eval(layer, norm) if isinstance(layer, nn.Linear) else None
+
+
+def fold_into(
+    network: fx.GraphModule, folded: Callable[[nn.Module, nn.BatchNorm1d | nn.BatchNorm2d], nn.Module | None]
+) -> None:
+    """Take out each BatchNorm that directly follows a layer which feeds nothing else; in place.
+
+    Args:
+        network: in evaluation mode.
+        folded: what takes the place of the layer and of the BatchNorm behind it; None: both stay.
+    """
+    modules = dict(network.named_modules())
+    calls = Counter(node.target for node in network.graph.nodes if node.op == "call_module")
+    for node in list(network.graph.nodes):
         if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d | nn.BatchNorm1d):
             continue
         before = node.args[0]
         if before.op != "call_module" or len(before.users) != 1 or calls[before.target] > 1 or calls[node.target] > 1:
             continue
-        layer, norm = modules[before.target], modules[node.target]
-        if isinstance(layer, nn.Conv2d):
-            folded: nn.Module = fuse_conv_bn_eval(layer, norm)
-        elif isinstance(layer, nn.Linear):
-            folded = fuse_linear_bn_eval(layer, norm)
-        else:
+        both = folded(modules[before.target], modules[node.target])
+        if both is None:
             continue
-        set_module(graph_module, before.target, folded)
+        set_module(network, before.target, both)
         node.replace_all_uses_with(before)
-        graph_module.graph.erase_node(node)
-    graph_module.delete_all_unused_submodules()
-    graph_module.recompile()
-    return graph_module
+        network.graph.erase_node(node)
+    network.delete_all_unused_submodules()
+    network.recompile()

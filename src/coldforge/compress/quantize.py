@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from coldforge.compress.fakequant import ActivationQuantizer, QuantizedLayer
-from coldforge.compress.graph import fold_batchnorm, set_module
+from coldforge.compress.graph import fold_batchnorm, fold_into, set_module, trace
 from coldforge.errors import TraceError
 from coldforge.models import Normalize
 from coldforge.recipe import QuantizeSpec
@@ -31,9 +32,13 @@ _READS_METHODS = ("add", "add_", "mean")
 _CALIBRATION_BATCH = 128
 _SAMPLES_PER_BATCH = 65536
 _MSE_CANDIDATES = 80
+_LARGEST_BIAS = 2**23
+"""In steps of the accumulator, which has 32 bits; and float32 holds no larger integers exactly."""
 
 
-def quantize(model: nn.Module, spec: QuantizeSpec, images: Tensor, *, beyond_box: float = 0.0) -> nn.Module:
+def quantize(
+    model: nn.Module, spec: QuantizeSpec, images: Tensor, *, beyond_box: float = 0.0, keep_batchnorm: bool = False
+) -> nn.Module:
     """Fold BatchNorm, insert quantizers and calibrate them; the argument stays as it is.
 
     Args:
@@ -41,6 +46,8 @@ def quantize(model: nn.Module, spec: QuantizeSpec, images: Tensor, *, beyond_box
         spec: bits and calibration.
         images: calibration images in [0, 1], ``(N, C, H, W)``.
         beyond_box: how far pixels may leave [0, 1] (a literal threat model).
+        keep_batchnorm: leave BatchNorm where it is, with its statistics measured anew on ``images``, for a network that
+            is trained next. :func:`fold_quantized` makes it what it would be without.
 
     Returns:
         A new network in evaluation mode with the same weights, rounded in its forward pass; the argument itself (a
@@ -49,20 +56,25 @@ def quantize(model: nn.Module, spec: QuantizeSpec, images: Tensor, *, beyond_box
     Raises:
         TraceError: the network cannot be traced; names the layer.
     """
-    quantized = insert_quantizers(model, spec)
+    quantized = insert_quantizers(model, spec, keep_batchnorm=keep_batchnorm)
     if spec.enabled:
+        if keep_batchnorm:  # rounded weights make other activations
+            with _observing(quantized):
+                _measure_batchnorm(quantized, images)
         calibrate(quantized, images, spec.calibration, beyond_box=beyond_box)
+        if keep_batchnorm:
+            _measure_batchnorm(quantized, images)
     return quantized
 
 
-def insert_quantizers(model: nn.Module, spec: QuantizeSpec) -> nn.Module:
+def insert_quantizers(model: nn.Module, spec: QuantizeSpec, *, keep_batchnorm: bool = False) -> nn.Module:
     """A copy of ``model`` with BatchNorm folded and quantizers inserted, not yet calibrated.
 
     Loading a checkpoint calls this, then fills in the trained state.
     """
     if not spec.enabled:
         return copy.deepcopy(model)
-    network = fold_batchnorm(model)
+    network = trace(model) if keep_batchnorm else fold_batchnorm(model)
     modules = dict(network.named_modules())
     for node in list(network.graph.nodes):
         for source in _values_read(node, modules):
@@ -144,6 +156,43 @@ def _replace_layers(network: fx.GraphModule, spec: QuantizeSpec) -> None:
         set_module(network, name, replacement)
 
 
+def fold_quantized(network: nn.Module) -> nn.Module:
+    """A copy whose BatchNorm is part of the quantized layer before it: the same integers with other steps.
+
+    Where BatchNorm multiplies a channel by s, its weights are on a grid whose step is the old one times |s|, and their
+    codes change their sign with s; what it adds becomes the bias, rounded to the accumulator's grid, which is all that
+    changes. This is why a network can keep its BatchNorm while it is trained through its rounding. A network that is
+    not quantized is returned as it is.
+
+    Args:
+        network: result of :func:`quantize` with ``keep_batchnorm``, perhaps trained since.
+    """
+    if not isinstance(network, fx.GraphModule):
+        return network
+    network = copy.deepcopy(network).eval()
+    fold_into(network, _scaled)
+    return network
+
+
+@torch.no_grad()
+def _scaled(layer: nn.Module, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> nn.Module | None:
+    if not isinstance(layer, QuantizedLayer) or norm.running_mean is None or norm.running_var is None:
+        return None
+    scale = (norm.running_var + norm.eps).rsqrt()
+    shift = torch.zeros_like(scale)
+    if norm.affine:
+        scale, shift = scale * norm.weight, norm.bias
+    column = scale.view(-1, *[1] * (layer.weight.ndim - 1))
+    if layer.bits == 1:  # 0 has the code 1, whatever its sign
+        layer.weight.copy_(torch.where(layer.weight == 0, layer.weight_step.view_as(column), layer.weight))
+    layer.weight.mul_(column)
+    layer.bias.copy_((layer.bias - norm.running_mean) * scale + shift)
+    layer.bias.requires_grad_()
+    fits = layer.bias.abs() / (layer.input_quantizer.step * _LARGEST_BIAS)  # where BatchNorm has shut a channel
+    layer.weight_step.copy_((layer.weight_step * scale.abs()).maximum(fits))
+    return layer
+
+
 # --- calibration -----------------------------------------------------------------------------------------------------
 
 
@@ -165,6 +214,37 @@ def _fit_weight_step(layer: QuantizedLayer, method: str) -> None:
             better = error < best_error
             best, best_error = torch.where(better, step[:, 0], best), torch.where(better, error, best_error)
     layer.weight_step.copy_(best)
+
+
+@contextmanager
+def _observing(network: nn.Module) -> Iterator[None]:
+    """Inside, activation quantizers let everything pass as it is."""
+    quantizers = [module for module in network.modules() if isinstance(module, ActivationQuantizer)]
+    try:
+        for quantizer in quantizers:
+            quantizer.observing = True
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.observing = False
+
+
+@torch.no_grad()
+def _measure_batchnorm(network: nn.Module, images: Tensor) -> None:
+    """Let BatchNorm's statistics be those of ``images``, in place."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over batches
+            norm.train()
+        for batch in images.split(_CALIBRATION_BATCH) if norms else ():
+            network(batch)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()
 
 
 @torch.no_grad()
@@ -195,19 +275,16 @@ def calibrate(network: nn.Module, images: Tensor, method: str, *, beyond_box: fl
 
     handles = [quantizer.register_forward_hook(observer(quantizer)) for quantizer in quantizers]
     try:
-        for quantizer in quantizers:
-            quantizer.observing = True
-        network(black_and_white)
-        extremes = {quantizer: torch.cat(seen) for quantizer, seen in samples.items()}
-        for seen in samples.values():
-            seen.clear()
-        for batch in images.split(_CALIBRATION_BATCH):
-            network(batch)
+        with _observing(network):
+            network(black_and_white)
+            extremes = {quantizer: torch.cat(seen) for quantizer, seen in samples.items()}
+            for seen in samples.values():
+                seen.clear()
+            for batch in images.split(_CALIBRATION_BATCH):
+                network(batch)
     finally:
         for handle in handles:
             handle.remove()
-        for quantizer in quantizers:
-            quantizer.observing = False
     for quantizer in quantizers:
         if quantizer.reads_image:  # an adversary uses the whole box, and 8-bit pixels must stay exact
             quantizer.set_range(*_image_range(*_range(extremes[quantizer], quantizer.bits, "minmax"), quantizer.qmax))

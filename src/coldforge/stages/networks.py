@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from coldforge.attacks import loss_direction, parse_inner, perturb
-from coldforge.compress import PruningPlan, Structure, joined, save_network, taylor
+from coldforge.compress import PruningPlan, Structure, fold_quantized, joined, save_network, taylor
 from coldforge.compress import build as build_network
 from coldforge.compress import prune as prune_channels
 from coldforge.compress import quantize as quantize_network
@@ -163,11 +163,11 @@ def quantize(shop: Shop, network: Stage) -> Stage:
     return shop.declare("quantize", label, [spec, beyond] if beyond else [spec], [network], build)
 
 
-def _rounded(shop: Shop, network: nn.Module) -> nn.Module:
-    """Folded, rounded and calibrated as the recipe says."""
+def _rounded(shop: Shop, network: nn.Module, *, keep_batchnorm: bool = False) -> nn.Module:
+    """Folded, if it is not to be kept, rounded and calibrated as the recipe says."""
     spec = _quantization(shop)
     images = shop.data.train.pixels(slice(0, spec.calibration_n))
-    return quantize_network(network, spec, images, beyond_box=_beyond_box(shop))
+    return quantize_network(network, spec, images, beyond_box=_beyond_box(shop), keep_batchnorm=keep_batchnorm)
 
 
 def finetune_in_float(shop: Shop, parent: Stage, arm: str, *, teacher: Stage | None = None) -> Stage | None:
@@ -203,7 +203,8 @@ def finetune(
     """Train the compressed network, through its rounding, on natural or on adversarial images.
 
     With ``begun`` the network that was tuned in floating point takes the place of the compressed one: it is rounded
-    first. Where all epochs were in floating point, nothing follows the rounding.
+    first, and keeps its BatchNorm until it is trained. Where all epochs were in floating point, nothing follows the
+    rounding.
     """
     _, spec = _parts(shop, arm)
     teaches = teacher if spec is not None and spec.objective == "distill" else None
@@ -213,11 +214,14 @@ def finetune(
         network, structure = shop.network(compressed)
         earlier = []
         if begun is not None:
-            network = _rounded(shop, shop.network(begun)[0])
+            network = _rounded(shop, shop.network(begun)[0], keep_batchnorm=spec is not None)
             earlier.append(shop.result(begun))
         if spec is not None:
             taught_by = shop.network(teaches)[0] if teaches else None
-            train_into(shop, folder, network, structure, spec, report, teacher=taught_by, earlier=earlier)
+            train_into(
+                shop, folder, network, structure, spec, report,
+                teacher=taught_by, earlier=earlier, finish=fold_quantized,
+            )  # fmt: skip
             return
         outcome = joined_outcomes(earlier)
         if quantization.fewest_bits < 8:  # 8 need no training
@@ -226,6 +230,8 @@ def finetune(
         write_json(folder / "result.json", outcome)
 
     settings = [] if spec is None else [spec, threat_of(shop, spec)]
+    if spec is not None and begun is not None:
+        settings.append("keeps BatchNorm")  # networks of older stores did not
     cost = 0.0 if spec is None else 1.5 * training_macs(shop, spec, shop.small_macs())
     return shop.declare(
         "finetune",
