@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from coldforge.compress import fused
 from coldforge.compress.fakequant import ActivationQuantizer, QuantizedLayer, attacking
-from coldforge.compress.quantize import calibrate, fold_quantized, insert_quantizers, quantize, weight_bit_widths
+from coldforge.compress.fold import fold_quantized
+from coldforge.compress.quantize import calibrate, insert_quantizers, quantize, weight_bit_widths
 from coldforge.compress.rectify import rectified
 from coldforge.errors import ModelError, TraceError
 from coldforge.models import model_source, normalized
@@ -330,10 +331,9 @@ def test_batchnorm_becomes_part_of_the_quantized_layer_before_it(make: Build, na
     found = outputs(folded)
     for layer, (expected, _) in outputs(kept).items():  # each on the input that it has in the network with BatchNorm
         mine = layers(folded)[layer]
-        coarse = mine.accumulator_step().view(-1, *[1] * (expected.ndim - 2))
         with torch.no_grad():
             result = mine(outputs(kept)[layer][1])
-        assert bool(((result - expected).abs() <= 1.001 * coarse + 1e-5 * expected.abs().amax()).all())
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
         assert int(mine.bias_codes().abs().max()) < 2**24
     assert found.keys() == outputs(kept).keys()
     with torch.no_grad():
@@ -584,7 +584,7 @@ def test_a_network_that_kept_its_batchnorm_answers_the_same_when_it_is_folded(tr
     assert norms(network)
     assert not norms(folded)
     with torch.no_grad():
-        assert float((folded(task[0]).argmax(1) == network(task[0]).argmax(1)).float().mean()) > 0.98
+        assert float((folded(task[0]).argmax(1) == network(task[0]).argmax(1)).float().mean()) > 0.999
 
 
 def test_steps_that_are_not_learned_stay(trained: nn.Module, task: Task) -> None:

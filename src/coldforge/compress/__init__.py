@@ -2,13 +2,13 @@
 
 from coldforge.compress.checkpoint import Structure, build, load_network, read_structure, save_network
 from coldforge.compress.fakequant import ActivationQuantizer, Backward, QuantizedLayer, attacking, fake_quantize
+from coldforge.compress.fold import fold_quantized
 from coldforge.compress.graph import fold_batchnorm, trace
 from coldforge.compress.importance import taylor
 from coldforge.compress.kernels import fused
 from coldforge.compress.prune import PruningPlan, joined, prune, replay
 from coldforge.compress.quantize import (
     calibrate,
-    fold_quantized,
     insert_quantizers,
     quantize,
     refit,

@@ -24,7 +24,7 @@ Backward = Literal["pass_through", "clipped", "unrounded"]
 """How attacks see the rounding: gradients pass everywhere, or only inside the range; or as if it were not there (the
 float twin: the same weights, nothing rounded or clipped), which is another network, for transfer."""
 
-_SMALLEST_STEP = 1e-8
+SMALLEST_STEP = 1e-8
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, grid: _Grid) -> Tensor:
-        step = step.clamp_min(_SMALLEST_STEP)
+        step = step.clamp_min(SMALLEST_STEP)
         scaled = x / step.to(x.dtype)
         ctx.grid = grid
         ctx.learns_step = ctx.needs_input_grad[1]
@@ -97,7 +97,7 @@ class _FusedFakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, grid: _Grid) -> Tensor:
-        x, step = dense(x), step.clamp_min(_SMALLEST_STEP)
+        x, step = dense(x), step.clamp_min(SMALLEST_STEP)
         ctx.grid = grid
         if grid.clips or grid.rectify or ctx.needs_input_grad[1]:
             ctx.save_for_backward(x, step)
@@ -230,7 +230,7 @@ class ActivationQuantizer(nn.Module):
     def set_range(self, low: float, high: float) -> None:
         """Choose step and zero point so that [low, high], which must hold 0, maps onto the codes."""
         low, high = min(low, 0.0), max(high, 0.0)
-        step = max((high - low) / (self.qmax - self.qmin), _SMALLEST_STEP)
+        step = max((high - low) / (self.qmax - self.qmin), SMALLEST_STEP)
         with torch.no_grad():
             self.step.fill_(step)
             self.zero_point.fill_(min(max(round(-low / step), self.qmin), self.qmax))
@@ -314,13 +314,13 @@ class QuantizedLayer(nn.Module):
         step = self._column(self.weight_step)
         grad_scale = (self.weight.numel() // len(self.weight) * self.qmax) ** -0.5
         if self.bits == 1:
-            return binarize(self.weight, step.clamp_min(_SMALLEST_STEP), grad_scale=grad_scale)
+            return binarize(self.weight, step.clamp_min(SMALLEST_STEP), grad_scale=grad_scale)
         return fake_quantize(self.weight, step, qmin=-self.qmax, qmax=self.qmax, grad_scale=grad_scale)
 
     def accumulator_step(self) -> Tensor:
         """Step of the integer accumulator for each output channel: input step times weight step, ``(C,)``."""
-        input_step = self.input_quantizer.step.detach().clamp_min(_SMALLEST_STEP)
-        return input_step * self.weight_step.detach().clamp_min(_SMALLEST_STEP)
+        input_step = self.input_quantizer.step.detach().clamp_min(SMALLEST_STEP)
+        return input_step * self.weight_step.detach().clamp_min(SMALLEST_STEP)
 
     def quantized_bias(self) -> Tensor:
         """The bias on the accumulator's grid, ``(C,)``; gradients pass straight through."""
@@ -331,7 +331,7 @@ class QuantizedLayer(nn.Module):
         """Integer weights, int32, of the weight's shape."""
         if self.bits == 1:
             return torch.where(self.weight.detach() < 0, -1, 1).to(torch.int32)
-        step = self._column(self.weight_step.detach().clamp_min(_SMALLEST_STEP))
+        step = self._column(self.weight_step.detach().clamp_min(SMALLEST_STEP))
         return torch.round(self.weight.detach() / step).clamp_(-self.qmax, self.qmax).to(torch.int32)
 
     def bias_codes(self) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from coldforge.compress.fakequant import ActivationQuantizer, QuantizedLayer
-from coldforge.compress.graph import fold_batchnorm, fold_into, set_module, trace
+from coldforge.compress.fold import round_shifts
+from coldforge.compress.graph import fold_batchnorm, set_module, trace
 from coldforge.errors import TraceError
 from coldforge.models import Normalize
 from coldforge.recipe import QuantizeSpec
@@ -32,8 +33,6 @@ _READS_METHODS = ("add", "add_", "mean")
 _CALIBRATION_BATCH = 128
 _SAMPLES_PER_BATCH = 65536
 _MSE_CANDIDATES = 80
-_LARGEST_BIAS = 2**23
-"""In steps of the accumulator, which has 32 bits; and float32 holds no larger integers exactly."""
 
 
 def quantize(
@@ -47,7 +46,7 @@ def quantize(
         images: calibration images in [0, 1], ``(N, C, H, W)``.
         beyond_box: how far pixels may leave [0, 1] (a literal threat model).
         keep_batchnorm: leave BatchNorm where it is, with its statistics measured anew on ``images``, for a network that
-            is trained next. :func:`fold_quantized` makes it what it would be without.
+            is trained next. :func:`coldforge.compress.fold_quantized` makes it what it would be without.
 
     Returns:
         A new network in evaluation mode with the same weights, rounded in its forward pass; the argument itself (a
@@ -92,6 +91,7 @@ def insert_quantizers(model: nn.Module, spec: QuantizeSpec, *, keep_batchnorm: b
             source.replace_all_uses_with(rounded)
             rounded.args = (source,)
     _replace_layers(network, spec)
+    round_shifts(network)
     network.graph.lint()
     network.recompile()
     return network.eval()
@@ -154,43 +154,6 @@ def _replace_layers(network: fx.GraphModule, spec: QuantizeSpec) -> None:
             replacement.weight_step.requires_grad_(False)
         _fit_weight_step(replacement, "minmax" if not layer.weight.requires_grad else spec.calibration)
         set_module(network, name, replacement)
-
-
-def fold_quantized(network: nn.Module) -> nn.Module:
-    """A copy whose BatchNorm is part of the quantized layer before it: the same integers with other steps.
-
-    Where BatchNorm multiplies a channel by s, its weights are on a grid whose step is the old one times |s|, and their
-    codes change their sign with s; what it adds becomes the bias, rounded to the accumulator's grid, which is all that
-    changes. This is why a network can keep its BatchNorm while it is trained through its rounding. A network that is
-    not quantized is returned as it is.
-
-    Args:
-        network: result of :func:`quantize` with ``keep_batchnorm``, perhaps trained since.
-    """
-    if not isinstance(network, fx.GraphModule):
-        return network
-    network = copy.deepcopy(network).eval()
-    fold_into(network, _scaled)
-    return network
-
-
-@torch.no_grad()
-def _scaled(layer: nn.Module, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> nn.Module | None:
-    if not isinstance(layer, QuantizedLayer) or norm.running_mean is None or norm.running_var is None:
-        return None
-    scale = (norm.running_var + norm.eps).rsqrt()
-    shift = torch.zeros_like(scale)
-    if norm.affine:
-        scale, shift = scale * norm.weight, norm.bias
-    column = scale.view(-1, *[1] * (layer.weight.ndim - 1))
-    if layer.bits == 1:  # 0 has the code 1, whatever its sign
-        layer.weight.copy_(torch.where(layer.weight == 0, layer.weight_step.view_as(column), layer.weight))
-    layer.weight.mul_(column)
-    layer.bias.copy_((layer.bias - norm.running_mean) * scale + shift)
-    layer.bias.requires_grad_()
-    fits = layer.bias.abs() / (layer.input_quantizer.step * _LARGEST_BIAS)  # where BatchNorm has shut a channel
-    layer.weight_step.copy_((layer.weight_step * scale.abs()).maximum(fits))
-    return layer
 
 
 # --- calibration -----------------------------------------------------------------------------------------------------
