@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 
-from coldforge.compress import load_network, read_structure
+from coldforge.compress import QuantizedLayer, load_network, read_structure
 from coldforge.errors import RecipeError
 from coldforge.models import model_source
 from coldforge.recipe import FinetuneSpec
+from coldforge.stages import networks
+from coldforge.stages.training import train_into
 from coldforge.store import Store
 
 STRONG = {
@@ -109,3 +111,32 @@ def test_networks_that_differ_in_their_bits_share_the_epochs_in_floating_point(r
     )
     macs = [json.loads(path.read_text())["train_macs"] for path in (first, *rounded)]
     assert eight.record.stage("tuned").train_macs == macs[1] > macs[0], "what was shared belongs to the cost of both"
+
+
+def test_batchnorm_stays_until_the_network_was_trained_through_its_rounding(recipe, forge_again, tmp_path, monkeypatch):
+    def norms(network):
+        return sum(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
+
+    seen = []
+
+    def spied(shop, folder, network, *arguments, **keywords):
+        seen.append((any(isinstance(module, QuantizedLayer) for module in network.modules()), norms(network)))
+        train_into(shop, folder, network, *arguments, **keywords)
+
+    monkeypatch.setattr(networks, "train_into", spied)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 8, 3, padding=1, bias=False), torch.nn.BatchNorm2d(8), torch.nn.ReLU(),
+        torch.nn.Conv2d(8, 8, 3, stride=2, padding=1, bias=False), torch.nn.BatchNorm2d(8), torch.nn.ReLU(),
+        torch.nn.Flatten(), torch.nn.Linear(8 * 36, 3),
+    )  # fmt: skip
+    changes = {
+        "finetune.epochs": 2, "finetune.float_epochs": 1, "finetune.arms": ["adversarial"], "deploy.runtimes": [],
+        "quantize.weight_bits": 2, "quantize.activation_bits": 3,
+    }  # fmt: skip
+    made = forge_again(recipe(changes), Store(tmp_path / "store"), tmp_path / "out", model=model)
+    assert seen == [(False, 2), (True, 2)], "in floating point, then rounded"
+    source = model_source(model, image_shape=(1, 12, 12), num_classes=3)
+    network, _ = load_network(tmp_path / "out" / "model", source)
+    assert norms(network) == 0
+    assert made.record.stages[-1].agreement.clean == made.record.stages[-1].agreement.adversarial == 1.0
