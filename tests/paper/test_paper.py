@@ -109,7 +109,10 @@ def test_the_grid_of_cifar10_has_every_second_level() -> None:
         assert recipe.model.source == "zoo:resnet20"
         assert bool(recipe.model.checkpoint) == (trial.point["base"] == "natural")
         assert recipe.threat_model.eps == 4 / 255
-        assert (recipe.finetune.optimizer, recipe.finetune.ema) == ("sgd", 0.0), "its rates are those of SGD"
+        assert (recipe.finetune.optimizer, recipe.finetune.ema) == ("muon", 0.0), "its rates are those of Muon"
+        assert recipe.finetune.epochs_in_float(recipe.quantize.fewest_bits) == (
+            3 if recipe.quantize.fewest_bits >= 8 else 1
+        )
 
 
 def test_the_literal_protocol_is_the_paper_s() -> None:

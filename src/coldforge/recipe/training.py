@@ -84,7 +84,7 @@ class FinetuneSpec(TrainSpec):
     float_epochs: int | Literal["all", "auto"] = "auto"
     """So many of the epochs come first, in floating point and with BatchNorm, before the network is rounded; "all" of
     them: it is only rounded, and not trained through its rounding, which is enough at 8 bits. auto: all from 8 bits on,
-    below it the first of three or more."""
+    below it the first of three or more. After one at least, BatchNorm stays until the network has been trained."""
     float_lr: Number = Field(default=0.0, ge=0)
     """Peak learning rate of these; 0: lr."""
     lr: Number = Field(default=0.03, gt=0)

@@ -173,8 +173,8 @@ def _rounded(shop: Shop, network: nn.Module, *, keep_batchnorm: bool = False) ->
 def finetune_in_float(shop: Shop, parent: Stage, arm: str, *, teacher: Stage | None = None) -> Stage | None:
     """The first ``finetune.float_epochs`` of an arm, which train the float ``parent`` with its BatchNorm.
 
-    None where there are none. Folded BatchNorm makes weights large and high learning rates impossible. What follows the
-    rounding is :func:`finetune`. Networks that differ only in their bits share this stage.
+    None where there are none. What follows the rounding is :func:`finetune`. Networks that differ only in their bits
+    share this stage.
     """
     spec, _ = _parts(shop, arm)
     if spec is None:
