@@ -89,13 +89,7 @@ def fold_into(
         folded: what takes the place of the layer and of the BatchNorm behind it; None: both stay.
     """
     modules = dict(network.named_modules())
-    calls = Counter(node.target for node in network.graph.nodes if node.op == "call_module")
-    for node in list(network.graph.nodes):
-        if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d | nn.BatchNorm1d):
-            continue
-        before = node.args[0]
-        if before.op != "call_module" or len(before.users) != 1 or calls[before.target] > 1 or calls[node.target] > 1:
-            continue
+    for before, node in _followed(network):
         both = folded(modules[before.target], modules[node.target])
         if both is None:
             continue
@@ -104,3 +98,30 @@ def fold_into(
         network.graph.erase_node(node)
     network.delete_all_unused_submodules()
     network.recompile()
+
+
+def batchnorm_behind(model: nn.Module) -> dict[str, str]:
+    """Names of the convolutions and linear layers into which :func:`fold_batchnorm` folds, and of what it folds.
+
+    Raises:
+        TraceError: as of :func:`trace`.
+    """
+    network = trace(model)
+    modules = dict(network.named_modules())
+    pairs = ((str(before.target), str(node.target)) for before, node in _followed(network))
+    return {layer: norm for layer, norm in pairs if isinstance(modules[layer], nn.Conv2d | nn.Linear)}
+
+
+def _followed(network: fx.GraphModule) -> list[tuple[Any, Any]]:
+    """Calls of modules that a BatchNorm alone reads, and of that BatchNorm."""
+    modules = dict(network.named_modules())
+    calls = Counter(node.target for node in network.graph.nodes if node.op == "call_module")
+    found = []
+    for node in network.graph.nodes:
+        if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d | nn.BatchNorm1d):
+            continue
+        before = node.args[0]
+        once = before.op == "call_module" and calls[before.target] == calls[node.target] == 1
+        if once and len(before.users) == 1:
+            found.append((before, node))
+    return found

@@ -41,6 +41,7 @@ from coldforge.train.muon import macs_of_a_step
 from coldforge.train.objective import Objective, Teacher
 from coldforge.train.optimizer import make_fabric, make_optimizer, quantizer_steps
 from coldforge.train.schedule import bits_now, learning_rate, ramped_eps
+from coldforge.train.searcher import Searcher
 from coldforge.train.weights import Averaged, copies, perturbed
 from coldforge.train.world import World
 
@@ -217,9 +218,9 @@ class _Attempt:
         if self._previous is None and self._inner is not None and self._inner.start == "previous":
             self._previous = torch.zeros(data.train.images.shape, dtype=torch.int8)
         self.quantized = bool(self._calibrated)
-        alone = world.size == 1  # BatchNorm over several processes is not compiled
-        if compiled == "network" and alone and not self.quantized and cpp_compiler() is not None:
-            self._network.compile()  # in place; copies are not compiled
+        self._searcher = Searcher(self._network, precision, data.validation if self._inner else None)
+        if compiled == "network" and world.size == 1 and not self.quantized and cpp_compiler() is not None:
+            self._network.compile()  # in place; not copies, nor BatchNorm over several processes
         self._wrapped, self._optimizer = self._fabric.setup(self._network, optimizer)
 
     @property
@@ -238,8 +239,7 @@ class _Attempt:
         self._network.load_state_dict(state.best)
         chose = self._spec.keep == "best" or self._spec.ema
         notes = (*state.notes, f"kept {state.chosen}, the best on the validation part") if chose else state.notes
-        network = copy.deepcopy(self._network).eval()  # uncompiled
-        return TrainResult(network, state.curve, self.seconds, self.macs, notes)
+        return TrainResult(copy.deepcopy(self._network).eval(), state.curve, self.seconds, self.macs, notes)
 
     def _run(self) -> TrainState:
         """All steps; the state at their end."""
@@ -324,7 +324,7 @@ class _Attempt:
         generator = torch.Generator().manual_seed(seed_of(self._seed, "inner attack", step))
         with attacking(self._network, BACKWARDS[step % len(BACKWARDS)]), self._fabric.autocast():
             direction = self._objective.direction(self._network, batch[mine], labels[mine], targets)
-            found = perturb(self._network, batch, direction, now, self._inner, generator, previous, share=mine)
+            found = perturb(self._searcher.now(), batch, direction, now, self._inner, generator, previous, share=mine)
         if self._previous is not None:
             codes = (found - batch[mine]) * (_INT8 / self._threat_model.eps)
             codes = codes.round().clamp(-_INT8, _INT8).to(torch.int8)
