@@ -140,14 +140,20 @@ def read_sweeps(folders: Iterable[Path]) -> tuple[list[Point], dict[str, dict[st
                 f"{', '.join(sweep.labels[trial] for trial in failure.trials)}: {failure.label}: {failure.error}"
                 for failure in sweep.failures
             ],
-            "repeated": [
-                f"{sweep.labels[row['trial']]}: {row['label']}: {row['notes']}"
-                for row in sweep.rows
-                if "collapsed" in row["notes"]
-            ],
+            "repeated": _repeated(sweep),
             **sweep.stages,
         }
     return points, told
+
+
+def _repeated(sweep: Sweep) -> list[str]:
+    """Trainings that collapsed and were tried again; once each, though the row of the artifact tells of it, too."""
+    said: dict[tuple[str, str], str] = {}
+    for row in sweep.rows:
+        if "collapsed" in row["notes"]:
+            told = f"{sweep.labels[row['trial']]}: {row['label']}: {row['notes']}"
+            said.setdefault((row["trial"], row["notes"]), told)
+    return [*said.values()]
 
 
 def _record(sweep: Sweep, trial: str) -> Record:
