@@ -286,3 +286,28 @@ def test_a_collapse_goes_back_to_the_last_good_epoch(build, splits, threat, monk
         assert [point.epoch for point in result.curve] == [1, 2, 3, 4, 5]
         macs = 64 * count_macs(build("quantized"), (1, 8, 8))
         assert result.macs == macs * (5 + 5 + 5 + 7 + 7 + 9 + 9), "what was rolled back was paid for"
+
+
+def test_a_training_that_collapses_again_where_it_went_on_starts_again(build, splits, threat, monkeypatch, tmp_path):
+    """Twice in epoch 3: what is wrong was there at the end of epoch 2 already."""
+    fell = []
+
+    def collapsing(network, validation, curve, inner, eps, spec):
+        if curve[-1].epoch == 3 and len(fell) < 2:
+            fell.append([point.epoch for point in curve])
+            raise loop.Collapse("one answer")
+
+    monkeypatch.setattr(loop, "refuse_collapse", collapsing)
+    spec = spec_of("adversarial", epochs=4, batch_size=16, lr=0.09, attack="fgsm-rs")
+    for folder in (None, tmp_path):
+        fell.clear()
+        result = train(build("float"), splits, spec, threat, folder=folder)
+        assert [note.partition("; ")[2] for note in result.notes] == [
+            "rolled back to the end of epoch 2 with lr 0.03 and fgsm-rs",
+            "started again with lr 0.01 and fgsm-rs",
+        ]
+        assert fell == [[1, 2, 3], [1, 2, 3]]
+        assert [point.epoch for point in result.curve] == [1, 2, 3, 4]
+        fresh = train(build("float"), splits, spec.model_copy(update={"lr": 0.01}), threat)
+        pairs = zip(result.model.parameters(), fresh.model.parameters(), strict=True)
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs), "nothing is left of what collapsed"

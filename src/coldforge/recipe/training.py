@@ -59,7 +59,8 @@ class TrainSpec(Spec):
     """Part of training in which the bits of a quantized network fall from 8 to theirs; 0: theirs from the start."""
     retries: int = Field(default=2, ge=0)
     """How often a collapsed training is rolled back to its last good epoch: it goes on at a third of the learning rate,
-    or, if it overfitted its inner attack, with one more step of it."""
+    or, if it overfitted its inner attack, with one more step of it. Where it collapses again before the end of the next
+    epoch, it starts again."""
 
     @model_validator(mode="after")
     def _teachable(self) -> Self:

@@ -112,8 +112,15 @@ class Shelf:
         return load_state(self._folder / _NOW) if self._folder is not None else None
 
     def good(self) -> TrainState | None:
-        """The state to roll back to; None where no epoch was good."""
+        """The state of the last good epoch; None where there was none."""
         return load_state(self._folder / _GOOD) if self._folder is not None else self._good
+
+    def before(self, collapsed: TrainState) -> TrainState:
+        """Where to go on after a collapse: at the last good epoch, or at the start, where there is none, or where the
+        training went on from there already and came no further: what ruined it was in it by then.
+        """
+        good = self.good()
+        return TrainState() if good is None or collapsed.attempt > good.attempt else good
 
 
 def save_state(path: Path, state: TrainState) -> None:

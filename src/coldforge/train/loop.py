@@ -3,7 +3,7 @@
 The loop is a function of its arguments: the images of a step, their augmentation and the start of the inner attack are
 drawn from generators keyed by (seed, epoch, step), and a checkpoint holds the rest. So a training that was killed
 continues to the same bits. A network that collapses is rolled back to its last good epoch and goes on in another way,
-and the result says so.
+or starts again if that does not help, and the result says so.
 
 The inner attack on a quantized network takes its gradients through the clipping range in the two known ways in turn,
 step by step. With BPDA alone the network learns to saturate its activations until that attack is blind: accuracy under
@@ -139,7 +139,7 @@ def train(
                     f"last with {_way(spec, state)}: {collapse}. "
                     "Lower lr, raise epochs or eps_ramp, take a stronger attack, or prune less"
                 ) from None
-            good = shelf.good() or TrainState()
+            good = shelf.before(state)
             again = replace(
                 good,
                 attempt=state.attempt + 1,
