@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from coldforge.attacks import parse_attack, predict
 from coldforge.compress import ActivationQuantizer, QuantizedLayer, quantize
-from coldforge.errors import RecipeError
+from coldforge.errors import CollapseError, RecipeError
 from coldforge.evaluate import Target, evaluate, summarize
 from coldforge.measure import count_macs
 from coldforge.models import normalized
@@ -311,3 +311,19 @@ def test_a_training_that_collapses_again_where_it_went_on_starts_again(build, sp
         fresh = train(build("float"), splits, spec.model_copy(update={"lr": 0.01}), threat)
         pairs = zip(result.model.parameters(), fresh.model.parameters(), strict=True)
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs), "nothing is left of what collapsed"
+
+
+def test_a_training_that_failed_leaves_nothing_to_continue(build, splits, threat, monkeypatch, tmp_path):
+    def collapsing(network, validation, curve, inner, eps, spec):
+        if curve[-1].epoch == 2:
+            raise loop.Collapse("one answer")
+
+    monkeypatch.setattr(loop, "refuse_collapse", collapsing)
+    spec = spec_of("adversarial", epochs=2, batch_size=16, lr=0.01, attack="fgsm-rs")
+    with pytest.raises(CollapseError, match="attempt 3 of 3"):
+        train(build("float"), splits, spec, threat, folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(loop, "refuse_collapse", lambda *arguments: None)
+    result = train(build("float"), splits, spec, threat, folder=tmp_path)
+    assert result.notes == ()
+    assert result.curve[0].lr == train(build("float"), splits, spec, threat).curve[0].lr

@@ -115,6 +115,13 @@ class Shelf:
         """The state of the last good epoch; None where there was none."""
         return load_state(self._folder / _GOOD) if self._folder is not None else self._good
 
+    def clear(self) -> None:
+        """Forget everything: who tries the training once more begins it."""
+        self._good = None
+        if self._folder is not None:
+            for name in (_NOW, _GOOD):
+                (self._folder / name).unlink(missing_ok=True)
+
     def before(self, collapsed: TrainState) -> TrainState:
         """Where to go on after a collapse: at the last good epoch, or at the start, where there is none, or where the
         training went on from there already and came no further: what ruined it was in it by then.

@@ -134,6 +134,7 @@ def train(
                 return attempt.run()
         except Collapse as collapse:
             if state.attempt >= spec.retries:
+                shelf.clear()
                 raise (TrainingError if isinstance(collapse, NotFinite) else CollapseError)(
                     f"training collapsed (attempt {state.attempt + 1} of {spec.retries + 1}), "
                     f"last with {_way(spec, state)}: {collapse}. "
@@ -307,8 +308,7 @@ class _Attempt:
         if self._averaged is not None:
             self._averaged.update(network, step)
         self.macs += float(len(batch) * self._image_macs + self._step_macs)
-        value = float(total)
-        if not math.isfinite(value):
+        if not math.isfinite(value := float(total)):
             raise NotFinite(f"the loss is not finite at step {step}")
         return value
 
