@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from coldforge.compress.graph import fold_batchnorm, set_module, trace
+from coldforge.compress.graph import batchnorm_behind, fold_batchnorm, set_module, trace
 from coldforge.errors import TraceError
 from coldforge.models import normalized
 from coldforge.models.zoo import resnet20
@@ -24,7 +24,7 @@ def wake_all(model: nn.Module) -> nn.Module:
     """Random BatchNorm statistics of both kinds; evaluation mode."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.track_running_stats:
             assert module.running_mean is not None
             assert module.running_var is not None
             module.running_mean.normal_(0, 0.5, generator=generator)
@@ -73,6 +73,11 @@ def not_after_a_layer() -> nn.Module:
     return nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), nn.Flatten())
 
 
+def without_statistics() -> nn.Module:
+    norm = nn.BatchNorm2d(8, track_running_stats=False)  # those of each batch, always
+    return nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Flatten())
+
+
 @torch.no_grad()
 def assert_same(model: nn.Module, other: nn.Module, images: Tensor) -> None:
     torch.testing.assert_close(other(images), model(images), rtol=1e-4, atol=1e-5)
@@ -104,7 +109,11 @@ def test_the_zoo_folds(images: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "left"), [(Shared, ["one", "two", "both"]), (TwoReaders, ["norm"]), (not_after_a_layer, ["0", "3"])]
+    ("make", "left"),
+    [
+        *((Shared, ["one", "two", "both"]), (TwoReaders, ["norm"])),
+        *((not_after_a_layer, ["0", "3"]), (without_statistics, ["1"])),
+    ],
 )
 def test_what_cannot_be_folded_stays(make: Callable[[], nn.Module], left: list[str], images: Tensor) -> None:
     torch.manual_seed(0)
@@ -112,6 +121,14 @@ def test_what_cannot_be_folded_stays(make: Callable[[], nn.Module], left: list[s
     folded = fold_batchnorm(model)
     assert normalizations(folded) == left
     assert_same(model, folded, images)
+
+
+@pytest.mark.parametrize("make", [Shared, TwoReaders, without_affine, after_linear])
+def test_what_folds_is_named(make: Callable[[], nn.Module]) -> None:
+    model = wake_all(make())
+    named = batchnorm_behind(model)
+    assert set(named.values()) == set(normalizations(model)) - set(normalizations(fold_batchnorm(model)))
+    assert all(isinstance(model.get_submodule(layer), nn.Conv2d | nn.Linear) for layer in named)
 
 
 def test_folding_leaves_the_model_alone(build: Build, images: Tensor) -> None:

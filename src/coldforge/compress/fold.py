@@ -49,7 +49,7 @@ def fold_quantized(network: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _scaled(layer: nn.Module, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> nn.Module | None:
-    if not isinstance(layer, QuantizedLayer) or norm.running_mean is None:
+    if not isinstance(layer, QuantizedLayer):
         return None
     scale, step, bias = _affine(layer, norm)
     if layer.bits == 1:  # 0 has the code 1, whatever its sign

@@ -66,7 +66,8 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def fold_batchnorm(model: nn.Module) -> fx.GraphModule:
     """A traced copy of ``model`` whose BatchNorm layers are part of the convolution or linear layer before them.
 
-    A BatchNorm that does not directly follow such a layer, or whose layer feeds others too, stays.
+    A BatchNorm that does not directly follow such a layer, whose layer feeds others too, or that keeps no statistics,
+    stays.
     """
     graph_module = trace(model)
     fold_into(graph_module, _folded)
@@ -118,7 +119,8 @@ def _followed(network: fx.GraphModule) -> list[tuple[Any, Any]]:
     calls = Counter(node.target for node in network.graph.nodes if node.op == "call_module")
     found = []
     for node in network.graph.nodes:
-        if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d | nn.BatchNorm1d):
+        norm = modules[node.target] if node.op == "call_module" else None
+        if not isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d) or norm.running_mean is None:
             continue
         before = node.args[0]
         once = before.op == "call_module" and calls[before.target] == calls[node.target] == 1
