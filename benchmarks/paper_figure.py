@@ -75,8 +75,8 @@ DENSE: dict[str, Any] = {"color": COLOURS["reference"], "linewidth": 1.1, "lines
 
 def figure_of(data: str, points: Sequence[Point], paper: Sequence[Read]) -> Figure:
     """Four columns (pruned, quantized; from either base), clean accuracy above, robust below."""
-    figure = Figure(figsize=(13.2, 6.4))
-    figure.subplots_adjust(left=0.052, right=0.99, bottom=0.085, top=0.825, hspace=0.09, wspace=0.06)
+    figure = Figure(figsize=(13.2, 6.6))
+    figure.subplots_adjust(left=0.052, right=0.99, bottom=0.085, top=0.81, hspace=0.09, wspace=0.06)
     grid = figure.subplots(2, 4, sharey=True, squeeze=False)
     mine = [point for point in points if point.data == data]
     for column, (compression, base, title) in enumerate(COLUMNS):
@@ -97,13 +97,13 @@ def figure_of(data: str, points: Sequence[Point], paper: Sequence[Read]) -> Figu
     grid[0][0].set_ylim(-3, 103)
     figure.text(
         0.052,
-        0.955,
+        0.96,
         f"{DATA[data]}: robustness after compression and fine-tuning",
         fontsize=12.5,
         color=INK,
         weight="bold",
     )
-    figure.text(0.052, 0.925, _caption(mine), fontsize=8.5, color=MUTED)
+    figure.text(0.052, 0.945, _caption(mine), fontsize=8.5, color=MUTED, va="top", linespacing=1.35)
     _legend(figure, mine)
     return figure
 
@@ -121,7 +121,7 @@ def _caption(points: Sequence[Point]) -> str:
     return (
         f"Lines: corrected protocol, PGD-20 on {attacked:,} test images, {spread} {seeds} seed{'s' * (most > 1)}"
         + (f" ({others})" if others else "")
-        + ". Read off the paper: its “standard” beside natural bases, its “adversarial” beside adversarial ones."
+        + ".\nRead off the paper: its “standard” beside natural bases, its “adversarial” beside adversarial ones."
     )
 
 
@@ -204,14 +204,14 @@ def _legend(figure: Figure, points: Sequence[Point]) -> None:
     handles.append(Line2D([], [], label="dense (robust: trained adversarially)", **DENSE))
     handles.append(Line2D([], [], color=INK, label="read off the paper", **FROM_PAPER))
     if any(point.protocol == "literal" for point in points):
-        handles.append(Line2D([], [], color="white", label="the paper's literal protocol", **LITERAL))
+        handles.append(Line2D([], [], color="white", label="literal protocol", **LITERAL))
     if any(point.attack == "autoattack-lite" for point in points):
         handles.append(Line2D([], [], color=INK, label="AutoAttack-lite", **STRONGER))
     if any(point.masking == "suspect" for point in points):
         handles.append(Line2D([], [], color=WRONG, marker="x", linestyle="", markersize=8, label="suspect"))
     figure.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(0.045, 0.915), ncols=len(handles), frameon=False,
-        fontsize=8.5, labelcolor=INK, handlelength=2.4, columnspacing=1.5,
+        handles=handles, loc="upper left", bbox_to_anchor=(0.045, 0.893), ncols=len(handles), frameon=False,
+        fontsize=8.5, labelcolor=INK, handlelength=2.4, columnspacing=1.2,
     )  # fmt: skip
 
 
