@@ -375,6 +375,22 @@ def test_batchnorm_that_stays_is_measured_with_rounded_weights(make: Build) -> N
     torch.testing.assert_close(norm.running_var, halves, rtol=1e-3, atol=1e-5)
 
 
+def test_batchnorm_that_cannot_be_folded_adds_what_it_did() -> None:
+    class TwoReaders(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 10)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            x = self.conv(inputs)
+            return self.fc((self.norm(x) + torch.relu(x)).mean((2, 3)))  # both read the convolution itself
+
+    for keep in (False, True):
+        network = quantize(normalized(TwoReaders(), MEAN, STD), spec(2), some_images(), keep_batchnorm=keep)
+        assert norms(fold_quantized(network))
+        assert not any(module._forward_hooks for module in network.modules())
+
+
 def test_what_is_not_quantized_is_not_folded(make: Build) -> None:
     model = make("residual")
     assert fold_quantized(model) is model

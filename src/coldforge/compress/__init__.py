@@ -3,7 +3,7 @@
 from coldforge.compress.checkpoint import Structure, build, load_network, read_structure, save_network
 from coldforge.compress.fakequant import ActivationQuantizer, Backward, QuantizedLayer, attacking, fake_quantize
 from coldforge.compress.fold import fold_quantized
-from coldforge.compress.graph import batchnorm_behind, fold_batchnorm, trace
+from coldforge.compress.graph import batchnorm_behind, fold_batchnorm, scale_and_shift, trace
 from coldforge.compress.importance import taylor
 from coldforge.compress.kernels import fused
 from coldforge.compress.prune import PruningPlan, joined, prune, replay
@@ -41,6 +41,7 @@ __all__ = [
     "refit",
     "replay",
     "save_network",
+    "scale_and_shift",
     "set_bits",
     "taylor",
     "trace",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from coldforge.compress.fakequant import SMALLEST_STEP, QuantizedLayer
-from coldforge.compress.graph import fold_into
+from coldforge.compress.graph import fold_into, followed, scale_and_shift
 
 _LARGEST_BIAS = 2**23
 """In steps of the accumulator, which has 32 bits; and float32 holds no larger integers exactly."""
@@ -20,13 +20,11 @@ def round_shifts(network: fx.GraphModule) -> None:
     In training, too, so that the network learns with it; there from the statistics that evaluation would use.
     """
     modules = dict(network.named_modules())
-    for node in network.graph.nodes:
-        norm = modules.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) and norm.track_running_stats:
-            layer = modules.get(str(node.all_input_nodes[0].target))
-            if isinstance(layer, QuantizedLayer):
-                norm.follows = [layer]  # type: ignore[assignment]  # in a list: a reference, not a child
-                norm.register_forward_hook(_round_shift)
+    for before, node in followed(network):
+        layer, norm = modules[before.target], modules[node.target]
+        if isinstance(layer, QuantizedLayer):
+            norm.follows = [layer]  # in a list: a reference, not a child
+            norm.register_forward_hook(_round_shift)
 
 
 def fold_quantized(network: nn.Module) -> nn.Module:
@@ -64,13 +62,8 @@ def _scaled(layer: nn.Module, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> nn.Modul
 
 def _affine(layer: QuantizedLayer, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor, Tensor]:
     """What BatchNorm, in evaluation mode, makes of a layer: scale of its weights, their step, bias; each ``(C,)``."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = (norm.running_var + norm.eps).rsqrt()
-    shift = torch.zeros_like(scale)
-    if norm.affine:
-        scale, shift = scale * norm.weight, norm.bias
-    bias = (layer.quantized_bias() - norm.running_mean) * scale + shift
+    scale, shift = scale_and_shift(norm)
+    bias = layer.quantized_bias() * scale + shift
     largest = layer.input_quantizer.step.clamp_min(SMALLEST_STEP) * _LARGEST_BIAS
     step = (layer.weight_step.clamp_min(SMALLEST_STEP) * scale.abs()).maximum(bias.abs() / largest)  # of shut channels
     return scale, step.clamp_min(SMALLEST_STEP), bias

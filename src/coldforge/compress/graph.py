@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from coldforge.errors import TraceError
@@ -74,6 +74,15 @@ def fold_batchnorm(model: nn.Module) -> fx.GraphModule:
     return graph_module
 
 
+def scale_and_shift(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """What a BatchNorm with statistics multiplies by and adds in evaluation mode; each ``(C,)``."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = (norm.running_var + norm.eps).rsqrt()
+    shift = -norm.running_mean * scale
+    return (scale * norm.weight, shift * norm.weight + norm.bias) if norm.affine else (scale, shift)
+
+
 def _folded(layer: nn.Module, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> nn.Module | None:
     if isinstance(layer, nn.Conv2d):
         return fuse_conv_bn_eval(layer, norm)
@@ -90,7 +99,7 @@ def fold_into(
         folded: what takes the place of the layer and of the BatchNorm behind it; None: both stay.
     """
     modules = dict(network.named_modules())
-    for before, node in _followed(network):
+    for before, node in followed(network):
         both = folded(modules[before.target], modules[node.target])
         if both is None:
             continue
@@ -109,12 +118,12 @@ def batchnorm_behind(model: nn.Module) -> dict[str, str]:
     """
     network = trace(model)
     modules = dict(network.named_modules())
-    pairs = ((str(before.target), str(node.target)) for before, node in _followed(network))
+    pairs = ((str(before.target), str(node.target)) for before, node in followed(network))
     return {layer: norm for layer, norm in pairs if isinstance(modules[layer], nn.Conv2d | nn.Linear)}
 
 
-def _followed(network: fx.GraphModule) -> list[tuple[Any, Any]]:
-    """Calls of modules that a BatchNorm alone reads, and of that BatchNorm."""
+def followed(network: fx.GraphModule) -> list[tuple[Any, Any]]:
+    """Calls of modules that a BatchNorm with statistics alone reads, and of that BatchNorm."""
     modules = dict(network.named_modules())
     calls = Counter(node.target for node in network.graph.nodes if node.op == "call_module")
     found = []

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from coldforge.attacks import predict
-from coldforge.compress import QuantizedLayer, batchnorm_behind
+from coldforge.compress import QuantizedLayer, batchnorm_behind, scale_and_shift
 from coldforge.data import ImageSet
 from coldforge.errors import TraceError
 from coldforge.evaluate import fast_copy
@@ -33,7 +34,8 @@ class Searcher:
     def __init__(self, network: nn.Module, precision: str, images: ImageSet | None) -> None:
         self._network = network
         self._copy: nn.Module | None = None
-        if images is None or any(isinstance(module, QuantizedLayer) for module in network.modules()):
+        kinds = {type(module) for module in network.modules()}
+        if images is None or QuantizedLayer in kinds or not any(issubclass(kind, _BatchNorm) for kind in kinds):
             return
         try:
             behind = batchnorm_behind(network)
@@ -44,12 +46,12 @@ class Searcher:
         self._copy = fast_copy(network, "bf16" if precision == "bf16" else "fp32")
         inner = self._copy.get_submodule("network") if precision == "bf16" else self._copy
         mine, theirs = dict(inner.named_modules()), dict(network.named_modules())
-        folded = [(layer, norm) for layer, norm in behind.items() if norm not in mine]
-        self._folded = [(theirs[layer], theirs[norm], mine[layer]) for layer, norm in folded]
+        folded = {layer: norm for layer, norm in behind.items() if norm not in mine}
+        self._folded = [(theirs[layer], theirs[norm], mine[layer]) for layer, norm in folded.items()]
         self._plain = [
             (tensor, _tensors(theirs[name])[key])
             for name, module in mine.items()
-            if name not in dict(folded) and name in theirs
+            if name not in folded and name in theirs
             for key, tensor in _tensors(module).items()
         ]
         if not self._is_like(images.pixels(slice(0, _FEW))):
@@ -61,7 +63,7 @@ class Searcher:
         if self._copy is None:
             return self._network
         for layer, norm, mine in self._folded:
-            scale, shift = _scale_and_shift(norm)
+            scale, shift = scale_and_shift(norm)
             torch.mul(layer.weight, scale.view(-1, *[1] * (layer.weight.ndim - 1)), out=mine.weight)
             mine.bias.copy_(shift if layer.bias is None else shift + layer.bias * scale)
         for tensor, its in self._plain:
@@ -77,13 +79,3 @@ class Searcher:
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of a module itself."""
     return {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
-
-
-def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """What BatchNorm multiplies by and adds in evaluation mode; each ``(C,)``."""
-    assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = (norm.running_var + norm.eps).rsqrt()
-    shift = -norm.running_mean * scale
-    return (scale * norm.weight, shift * norm.weight + norm.bias) if norm.affine else (scale, shift)
