@@ -182,9 +182,8 @@ def main() -> None:
     arguments = arguments_of(parser, "results/latency.json", tables.latency_whole)
     (names,) = chosen(arguments.only, SHAPES)
     record = Record(arguments.out, "network", "ratio")
-    for name in names:
-        if not (arguments.missing and record.has(name, arguments.ratio)):
-            record.keep(compare(name, arguments.ratio, arguments.threads, arguments.seconds))
+    measure = partial(compare, threads=arguments.threads, seconds=arguments.seconds)
+    record.keep_each([(name, arguments.ratio) for name in names], measure, missing=arguments.missing)
     print(tables.latency_whole(record.content))
 
 

@@ -23,11 +23,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Any
 
 import tables
 import torch
-from networks import CLASSES, SHAPES, Untrained, untrained
+from networks import CLASSES, SHAPES, untrained
 from plain import plain_train
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -143,8 +145,9 @@ def macs_of(step: str, network: nn.Module, name: str) -> int:
     return passes[step] * count_macs(network, SHAPES[name])
 
 
-def measured(name: str, step: str, networks: Untrained, seconds: float) -> Run:
+def measured(name: str, step: str, seconds: float) -> Run:
     """Both in turns, and the peak."""
+    networks = untrained(name, RATIO)
     network = networks.parent if step == "training step" else networks.dense
     images = networks.images[: STEPS[step]]
     kind = torch.bfloat16 if has_bf16() else torch.float32
@@ -175,10 +178,8 @@ def main() -> None:
     arguments = arguments_of(parser, "results/limits.json", tables.limits)
     names, steps = chosen(arguments.only, SHAPES, STEPS)
     record = Record(arguments.out, "network", "step")
-    for name in names:
-        for step in steps:
-            if not (arguments.missing and record.has(name, step)):
-                record.keep(measured(name, step, untrained(name, RATIO), arguments.seconds))
+    measure = partial(measured, seconds=arguments.seconds)
+    record.keep_each(product(names, steps), measure, missing=arguments.missing)
     print(tables.limits(record.content))
 
 

@@ -17,6 +17,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 
 import tables
 import torch
@@ -103,10 +105,8 @@ def main() -> None:
     arguments = arguments_of(parser, "results/profiles.json", tables.profiles)
     names, steps = chosen(arguments.only, SHAPES, STEPS)
     record = Record(arguments.out, "network", "step")
-    for name in names:
-        for step in steps:
-            if not (arguments.missing and record.has(name, step)):
-                record.keep(measured(name, step, arguments.seconds))
+    measure = partial(measured, seconds=arguments.seconds)
+    record.keep_each(product(names, steps), measure, missing=arguments.missing)
     print(tables.profiles(record.content))
 
 

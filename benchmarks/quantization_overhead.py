@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import copy
 import io
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -155,10 +156,12 @@ def main() -> None:
     there = installed(CONTENDERS)
     contenders = [who for who in there if who == "float" or who in contenders]
     record = Record(arguments.out, "network", "precision")
-    for name in networks:
-        for precision in precisions:
-            if (precision == "fp32" or has_bf16()) and not (arguments.missing and record.has(name, precision)):
-                record.keep(race(name, arguments.ratio, precision, contenders, arguments.batch, arguments.seconds))
+    possible = [precision for precision in precisions if precision == "fp32" or has_bf16()]
+    record.keep_each(
+        itertools.product(networks, possible),
+        lambda name, precision: race(name, arguments.ratio, precision, contenders, arguments.batch, arguments.seconds),
+        missing=arguments.missing,
+    )
     print(tables.quantization_overhead(record.content))
 
 

@@ -92,6 +92,12 @@ class Record:
         """Whether there is a run whose keys have these values."""
         return any(tuple(run[key] for key in self._keys) == values for run in self.content["runs"])
 
+    def keep_each(self, keys: Iterable[tuple[Any, ...]], measure: Callable[..., Run], *, missing: bool) -> None:
+        """Measure and keep the run of each of ``keys``; with ``missing`` only those that are not there."""
+        for values in keys:
+            if not (missing and self.has(*values)):
+                self.keep(measure(*values))
+
     def keep(self, run: Run, seed: int = 0) -> None:
         """Write a run, with threads and provenance, in the place of the one with the same keys."""
         run = {**run, "threads": torch.get_num_threads(), "bf16": has_bf16()}

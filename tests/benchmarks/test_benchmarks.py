@@ -162,7 +162,7 @@ def test_limits_count_every_product_once(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(limits, "STEPS", {"training step": 2, "attack step": 2})
     record = turns.Record(tmp_path / "limits.json", "network", "step")
     for step in limits.STEPS:
-        record.keep(limits.measured("resnet20", step, untrained("resnet20", 0.5), 0.0))
+        record.keep(limits.measured("resnet20", step, 0.0))
     assert tables.limits(record.content).count("| resnet20 |") == 2
     networks = untrained("resnet20", 0.5)
     layers = limits.layers_of(networks.parent, networks.images[:2])
