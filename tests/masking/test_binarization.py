@@ -156,3 +156,37 @@ def test_where_nothing_can_be_planted_the_test_says_nothing():
 @pytest.mark.parametrize(("found", "at_random", "passed"), [(0.76, 0.1, True), (0.74, 0.1, False), (0.1, 0.6, True)])
 def test_thresholds(found, at_random, passed):
     assert binarization_check(Binarization(60, 64, found, at_random, 32, "logits")).passed is passed
+
+
+class Unforeseen(nn.Module):
+    """Beside its features, a code that jumps where no gradient says so, as activations of few bits do."""
+
+    def __init__(self, weight: float, layer: nn.Module) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.seen = torch.randn(256, 32, generator=generator)
+        self.unseen = torch.randn(256, 32, generator=generator)
+        self.weight = weight
+        self.last = nn.Linear(64, 3)
+        self.layer = layer  # only there
+
+    def forward(self, images):
+        flat = images.flatten(1)
+        codes = torch.round(3 * (flat @ self.unseen).detach())
+        return self.last(torch.cat([flat @ self.seen, self.weight * codes], 1))
+
+
+@pytest.mark.parametrize(
+    ("weight", "bits", "closeness", "passed"),
+    [(0.0, 4, 0.999, True), (1.0, 4, 0.5, True), (1.0, 8, 0.999, False), (3.0, 4, 0.999, False)],
+)
+def test_few_bits_whose_grain_hides_the_last_part_of_the_way_are_tried_half_way(
+    weight, bits, closeness, passed, robust, data
+):
+    layer = quantize(robust, QuantizeSpec(weight_bits=bits, activation_bits=bits), data.train[:64])
+    images = torch.rand(30, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 0.6 + 0.2
+    found = binarization_test(Unforeseen(weight, layer).eval(), images, BALLS[0])
+    assert found.closeness == closeness
+    said = binarization_check(found)
+    assert said.passed is passed
+    assert ("with the border half way to them" in said.meaning) == (closeness == 0.5)

@@ -31,6 +31,8 @@ _SEARCH = 2
 """Raised when attacks of the same settings find other points."""
 _PANEL_PASSES = 1500
 """Forward passes that the masking panel takes for an image, roughly."""
+_PANEL_VERSION = 2
+"""Raise it when the panel may judge otherwise: its entries in the store are then not found any more, all others are."""
 
 
 def export(shop: Shop, network: Stage, what: str) -> Stage:
@@ -138,7 +140,8 @@ def masking(shop: Shop, network: Stage, what: str, *, file: Stage) -> Stage:
         )
         write_atomic(folder / "result.json", found.model_dump_json(indent=1) + "\n")
 
-    spec = [recipe.threat_model, recipe.evaluate.masking_n, recipe.seed, _SEARCH, versions().get("onnxruntime", "")]
+    runtime = versions().get("onnxruntime", "")
+    spec = [recipe.threat_model, recipe.evaluate.masking_n, recipe.seed, _SEARCH, runtime, _PANEL_VERSION]
     macs = 4.0 * _PANEL_PASSES * recipe.evaluate.masking_n * shop.small_macs()
     return shop.declare("masking", f"masking panel: {what}", spec, [network, file], build, reads="evaluated", macs=macs)
 
