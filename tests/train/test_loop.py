@@ -16,6 +16,7 @@ from coldforge.provenance import cpp_compiler
 from coldforge.recipe import TrainSpec
 from coldforge.records import CurvePoint
 from coldforge.train import loop, train
+from coldforge.train.guard import Overfitting, SameAnswer
 
 
 def accuracy(network, data, threat, attack="pgd-10"):
@@ -236,6 +237,35 @@ def test_a_network_that_always_collapses(build, splits, threat):
         train(Constant(build("float")), splits, TrainSpec(lr=0.09, batch_size=16, retries=0), threat)
 
 
+def test_a_network_that_gives_up_under_attack_meets_it_more_slowly(build, splits, threat):
+    """At the same rate first; where that does not help, at a third of it, too."""
+    notes = []
+    spec = TrainSpec(epochs=2, lr=0.09, batch_size=16, eps_ramp=0.2, objective="adversarial", attack="pgd-2")
+    with pytest.raises(CollapseError, match=r"last with lr 0\.03 and pgd-2, eps rising over 80% of training: 100% of"):
+        train(Constant(build("float")), splits, spec, threat, on_note=notes.append)
+    assert notes[0].startswith("training with lr 0.09 and pgd-2 collapsed (100% of the validation images get the same")
+    assert notes[0].endswith("with lr 0.09 and pgd-2, eps rising over 60% of training")
+    assert notes[1].endswith("with lr 0.03 and pgd-2, eps rising over 80% of training")
+
+
+def test_the_slower_rise_of_eps_is_what_is_trained_with(build, splits, threat, monkeypatch):
+    seen = []
+
+    def once(network, validation, curve, inner, eps, spec):
+        seen.append(curve[-1].eps / eps)
+        if len(seen) == 2:
+            raise SameAnswer("gave up")
+
+    monkeypatch.setattr(loop, "refuse_collapse", once)
+    spec = TrainSpec(epochs=4, batch_size=66, lr=0.01, eps_ramp=0.5, objective="adversarial")
+    result = train(build("float"), splits, spec, threat)
+    assert seen == pytest.approx([1 / 2, 1, 2 / 3, 1, 1])  # epoch 2 once more, when eps rises over three of four
+    assert result.notes == (
+        "training with lr 0.01 and fgsm-rs collapsed (gave up); rolled back to the end of epoch 1 "
+        "with lr 0.01 and fgsm-rs, eps rising over 75% of training",
+    )
+
+
 def test_a_constant_answer_that_is_right_is_no_collapse(build, threat):
     images = torch.rand(96, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = torch.ones(96, dtype=torch.int64)
@@ -291,7 +321,7 @@ def judge(build, splits, points, attack="fgsm-rs"):
 @pytest.mark.parametrize("robust", [(0.5, 0.05), (0.1, 0.6, 0.55, 0.2), (0.3, 0.0)])
 def test_a_fall_of_pgd_accuracy_is_catastrophic_overfitting(robust, build, splits):
     message = rf"catastrophic overfitting: PGD accuracy fell from {max(robust):.0%} to {robust[-1]:.0%} in epoch \d"
-    with pytest.raises(loop.Overfitting, match=message):
+    with pytest.raises(Overfitting, match=message):
         judge(build, splits, curve(*robust))
 
 
@@ -303,7 +333,7 @@ def test_robustness_that_wavers_is_not(robust, build, splits):
 def test_confidence_that_pgd_does_not_bear_out_is_overfitting(build, splits):
     """exp(-0.2) = 82 % under the inner attack, 50 % under PGD: the network fools its own attack."""
     points = curve(0.5, 0.5, loss=0.2)
-    with pytest.raises(loop.Overfitting, match=r"fgsm-rs leaves 82% confidence .* PGD accuracy is 50% after epoch 2"):
+    with pytest.raises(Overfitting, match=r"fgsm-rs leaves 82% confidence .* PGD accuracy is 50% after epoch 2"):
         judge(build, splits, points)
     judge(build, splits, points, attack="pgd-7")  # strong enough to be believed
     judge(build, splits, curve(0.5, 0.5, loss=0.4))  # 67 %: within reach
@@ -322,7 +352,7 @@ def test_an_inner_attack_that_is_too_weak_is_made_stronger(build, splits, threat
     def weak(network, validation, points, inner, eps, spec):
         seen.append(inner.steps)
         if inner.steps < 3:
-            raise loop.Overfitting("too weak")
+            raise Overfitting("too weak")
 
     monkeypatch.setattr(loop, "refuse_collapse", weak)
     spec = TrainSpec(epochs=1, batch_size=66, lr=0.01, objective="adversarial", attack="fgsm-rs")

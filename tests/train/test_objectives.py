@@ -17,6 +17,7 @@ from coldforge.measure import count_macs
 from coldforge.models import normalized
 from coldforge.recipe import FinetuneSpec, QuantizeSpec, TrainSpec
 from coldforge.train import Objective, loop, train
+from coldforge.train.guard import Overfitting
 from coldforge.train.objective import CLEAN_SHARE, Teacher
 from coldforge.train.weights import Averaged, perturbed
 from coldforge.train.world import World
@@ -269,7 +270,7 @@ def test_a_collapse_goes_back_to_the_last_good_epoch(build, splits, threat, monk
     def overfitted(network, validation, curve, inner, eps, spec):
         if curve[-1].epoch in (3, 4) and curve[-1].epoch not in failed:
             failed.add(curve[-1].epoch)
-            raise loop.Overfitting("overfitted")
+            raise Overfitting("overfitted")
 
     monkeypatch.setattr(loop, "refuse_collapse", overfitted)
     spec = spec_of("adversarial", epochs=5, batch_size=16, lr=0.01, attack="fgsm-rs")

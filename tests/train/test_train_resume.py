@@ -9,6 +9,7 @@ from coldforge.data import from_arrays
 from coldforge.recipe import TrainSpec
 from coldforge.train import checkpoint, loop, train
 from coldforge.train.checkpoint import TrainState, load_state, save_state
+from coldforge.train.guard import Overfitting, SameAnswer
 
 
 class Stop(Exception):
@@ -100,12 +101,31 @@ def test_a_retry_is_remembered(build, splits, threat, tmp_path):
     assert tuple(notes) == undisturbed.notes  # each said once
 
 
+def test_a_slower_rise_of_eps_is_remembered(build, splits, threat, tmp_path, monkeypatch):
+    tried = []
+
+    def gave_up(network, validation, curve, inner, eps, spec):
+        tried.append(curve[-1].eps)
+        if curve[-1].eps == eps and len(curve) < 2:
+            raise SameAnswer("gave up")
+
+    monkeypatch.setattr(loop, "refuse_collapse", gave_up)
+    spec = TrainSpec(epochs=2, batch_size=16, lr=0.01, eps_ramp=0.5, objective="adversarial")
+    arguments = (build("float"), splits, spec, threat)
+    undisturbed = train(*arguments)
+    assert len(undisturbed.notes) == 1
+    assert undisturbed.notes[0].endswith("started again with lr 0.01 and fgsm-rs, eps rising over 75% of training")
+    found, stops = interrupted(tmp_path, [6, 3], *arguments)  # four steps, then two of the second attempt
+    assert stops == 2
+    same(found, undisturbed)
+
+
 def test_a_stronger_inner_attack_is_remembered(build, splits, threat, tmp_path, monkeypatch):
     """As above, for the other kind of retry."""
 
     def overfitted(network, validation, curve, inner, eps, spec):
         if inner.label == "fgsm-rs":
-            raise loop.Overfitting("overfitted")
+            raise Overfitting("overfitted")
 
     monkeypatch.setattr(loop, "refuse_collapse", overfitted)
     spec = TrainSpec(epochs=2, batch_size=16, lr=0.01, objective="adversarial", attack="fgsm-rs")

@@ -10,8 +10,8 @@ Where we differ. Their head is a logistic regression, ours a linear discriminant
 weighs the features, and solved in closed form. Features are projected at random onto a sixth of the number of pixels
 where there are more of them (theirs: 512 features of 3,072 pixels): with about as many features as pixels the head
 would recognise the planted point alone, pixel by pixel, which no attack could find. Images whose planted point the head
-cannot separate are left out and counted; they abort theirs. Where the attack finds too few on a network of fewer than 8 bits,
-it tries once more with the border half way to the planted point: that point then differs from all others in single
+cannot separate are left out and counted; they abort theirs. Where the attack finds too few on a network of fewer than 8
+bits, it tries once more with the border half way to the planted point: that point differs from all others in single
 codes, too, which no gradient foresees, though the attack comes most of the way. Broken gradients find neither.
 """
 
@@ -34,7 +34,7 @@ INNER_RADIUS = 0.95
 """They lie within this part of eps (the paper's eta)."""
 TIGHT, HALFWAY = 0.999, 0.5
 """The border lies at this part of the way from the farthest inner point to the planted one: first as tight as the
-paper's, then half way. At half way planted flaws find 0 to 0.2, networks at 4 bits 0.84 to 0.89 (tight: 0.3 to 0.55)."""
+paper's, then half way. There planted flaws find 0 to 0.2, networks at 4 bits 0.84 to 0.89 (tight: 0.3 to 0.55)."""
 RANDOM_POINTS = 200
 """Points drawn by the random attack that measures how hard the test is (the paper's number)."""
 PIXELS_PER_FEATURE = 6

@@ -58,9 +58,10 @@ class TrainSpec(Spec):
     bits_ramp: Number = Field(default=0.0, ge=0, lt=1)
     """Part of training in which the bits of a quantized network fall from 8 to theirs; 0: theirs from the start."""
     retries: int = Field(default=2, ge=0)
-    """How often a collapsed training is rolled back to its last good epoch: it goes on at a third of the learning rate,
-    or, if it overfitted its inner attack, with one more step of it. Where it collapses again before the end of the next
-    epoch, it starts again."""
+    """How often a collapsed training is rolled back to its last good epoch. It goes on with one more step of its inner
+    attack, if it overfitted that; with an eps that rises more slowly, if it answers everything the same under attack
+    (the first time at the same learning rate); otherwise at a third of the learning rate. Where it collapses again
+    before the end of the next epoch, it starts again."""
 
     @model_validator(mode="after")
     def _teachable(self) -> Self:

@@ -28,7 +28,9 @@ class TrainState:
     attempt: int = 0
     """How often it collapsed."""
     stronger: int = 0
-    """How many of these were answered by a stronger inner attack; the others by a lower learning rate."""
+    """How many of these were answered by a stronger inner attack."""
+    slower: int = 0
+    """How many were answered by an eps that rises more slowly."""
     step: int = 0
     epoch_loss: float = 0.0
     """Sum of the losses of the current epoch so far."""

@@ -26,6 +26,10 @@ class NotFinite(Collapse):
     """The loss or a weight became NaN or infinite."""
 
 
+class SameAnswer(Collapse):
+    """The network answers the same, whatever it sees."""
+
+
 class Overfitting(Collapse):
     """Catastrophic overfitting: the inner attack is too weak, whatever the learning rate."""
 
@@ -48,7 +52,7 @@ def refuse_collapse(
     eps: float,
     spec: TrainSpec,
 ) -> None:
-    """Raise :class:`Collapse` for a constant answer, and for catastrophic overfitting of a weak inner attack.
+    """Raise :class:`SameAnswer`, or :class:`Overfitting` for catastrophic overfitting of a weak inner attack.
 
     The signs of the latter (Wong et al. 2020): PGD accuracy falls to half of what it was, or the images of the inner
     attack are answered with far more confidence than PGD accuracy allows.
@@ -60,7 +64,7 @@ def refuse_collapse(
     now = curve[-1]
     slow_start = now.epoch < min(spec.warmup * spec.epochs + 1, spec.epochs)  # a fresh network may need an epoch
     if share > 0.95 and expected < 0.9 and not slow_start:
-        raise Collapse(f"{share:.0%} of the validation images get the same answer after epoch {now.epoch}")
+        raise SameAnswer(f"{share:.0%} of the validation images get the same answer after epoch {now.epoch}")
     if inner is None or len(curve) < 2:
         return
     best = max(point.robust_accuracy for point in curve)

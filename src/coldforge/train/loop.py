@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from coldforge.attacks import InnerAttack, ThreatModel, parse_inner, perturb
+from coldforge.attacks import ThreatModel, parse_inner, perturb
 from coldforge.compress import QuantizedLayer, attacking, fused, rectified, set_bits
 from coldforge.data import DataSplits, epoch_batches, steps_per_epoch
 from coldforge.errors import CollapseError, RecipeError, TrainingError
@@ -34,9 +34,10 @@ from coldforge.provenance import cpp_compiler
 from coldforge.recipe import TrainSpec
 from coldforge.records import CurvePoint
 from coldforge.spec import seed_of
+from coldforge.train import retry
 from coldforge.train.batchnorm import whole_batch
 from coldforge.train.checkpoint import Shelf, TrainState
-from coldforge.train.guard import Collapse, NotFinite, Overfitting, monitor, refuse_collapse
+from coldforge.train.guard import Collapse, NotFinite, monitor, refuse_collapse
 from coldforge.train.muon import macs_of_a_step
 from coldforge.train.objective import Objective, Teacher
 from coldforge.train.optimizer import make_fabric, make_optimizer, quantizer_steps
@@ -46,7 +47,6 @@ from coldforge.train.weights import Averaged, copies, perturbed
 from coldforge.train.world import World
 
 CHECKPOINT_SECONDS = 15.0
-RETRY_FACTOR = 1 / 3
 STEP_RANGE = 10.0
 """A learned quantizer step stays within this factor of its calibrated value."""
 _INT8 = 127
@@ -137,37 +137,18 @@ def train(
                 shelf.clear()
                 raise (TrainingError if isinstance(collapse, NotFinite) else CollapseError)(
                     f"training collapsed (attempt {state.attempt + 1} of {spec.retries + 1}), "
-                    f"last with {_way(spec, state)}: {collapse}. "
+                    f"last with {retry.described(spec, state)}: {collapse}. "
                     "Lower lr, raise epochs or eps_ramp, take a stronger attack, or prune less"
                 ) from None
             good = shelf.before(state)
-            again = replace(
-                good,
-                attempt=state.attempt + 1,
-                stronger=state.stronger + isinstance(collapse, Overfitting),
-                seconds=attempt.seconds,
-                macs=attempt.macs,
-            )
+            again = replace(retry.after(collapse, state, good, spec), seconds=attempt.seconds, macs=attempt.macs)
             back = f"rolled back to the end of epoch {len(good.curve)}" if good.curve else "started again"
-            note = f"training with {_way(spec, state)} collapsed ({collapse}); {back} with {_way(spec, again)}"
+            before, now = retry.described(spec, state), retry.described(spec, again)
+            note = f"training with {before} collapsed ({collapse}); {back} with {now}"
             state = replace(again, notes=(*state.notes, note))
             shelf.put(state)
             if on_note:
                 on_note(note)
-
-
-def _peak(spec: TrainSpec, state: TrainState) -> float:
-    return spec.lr * RETRY_FACTOR ** (state.attempt - state.stronger)
-
-
-def _inner(spec: TrainSpec, state: TrainState) -> InnerAttack | None:
-    """The inner attack; one more step for each time that it was overfitted."""
-    return None if spec.objective == "natural" else parse_inner(spec.attack).stronger(state.stronger)
-
-
-def _way(spec: TrainSpec, state: TrainState) -> str:
-    inner = _inner(spec, state)
-    return f"lr {_peak(spec, state):.3g}" + (f" and {inner.label}" if inner else "")
 
 
 class _Attempt:
@@ -197,7 +178,8 @@ class _Attempt:
         self._fabric = make_fabric(precision)
         self._network = channels_last(copy.deepcopy(model))
         optimizer = make_optimizer(self._network, spec)
-        self._inner = _inner(spec, state)
+        self._inner = retry.inner_attack(spec, state)
+        self._ramp = retry.eps_ramp(spec, state)
         self._objective = Objective(spec, self._taught_by(teacher))
         passes = self._objective.passes(self._inner.steps if self._inner else 0)
         self._image_macs = passes * count_macs(self._network, data.image_shape)
@@ -389,11 +371,11 @@ class _Attempt:
 
     def _lr(self, step: int) -> float:
         spec = self._spec
-        peak = _peak(spec, self._state)
+        peak = retry.peak_lr(spec, self._state)
         return learning_rate(step, self._total, peak=peak, warmup=spec.warmup, schedule=spec.schedule)
 
     def _eps(self, step: int) -> float:
-        return ramped_eps(step, self._total, eps=self._threat_model.eps, ramp=self._spec.eps_ramp)
+        return ramped_eps(step, self._total, eps=self._threat_model.eps, ramp=self._ramp)
 
     def _bits(self, step: int) -> int:
         final = min((m.final_bits for m in self._network.modules() if isinstance(m, QuantizedLayer)), default=32)
