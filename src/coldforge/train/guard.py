@@ -51,11 +51,18 @@ def refuse_collapse(
     inner: InnerAttack | None,
     eps: float,
     spec: TrainSpec,
-) -> None:
-    """Raise :class:`SameAnswer`, or :class:`Overfitting` for catastrophic overfitting of a weak inner attack.
+) -> bool:
+    """Refuse a constant answer, and catastrophic overfitting of a weak inner attack.
 
     The signs of the latter (Wong et al. 2020): PGD accuracy falls to half of what it was, or the images of the inner
     attack are answered with far more confidence than PGD accuracy allows.
+
+    Returns:
+        Whether the network still gives the same answer to everything, in the epochs in which it may.
+
+    Raises:
+        SameAnswer: it does so later.
+        Overfitting: the inner attack is too weak.
     """
     watched = validation.take(slice(0, MONITOR_IMAGES))
     answers = predict(network, watched.pixels()).argmax(1)
@@ -63,10 +70,11 @@ def refuse_collapse(
     expected = float(watched.labels.bincount().max()) / len(answers)
     now = curve[-1]
     slow_start = now.epoch < min(spec.warmup * spec.epochs + 1, spec.epochs)  # a fresh network may need an epoch
-    if share > 0.95 and expected < 0.9 and not slow_start:
+    same = share > 0.95 and expected < 0.9
+    if same and not slow_start:
         raise SameAnswer(f"{share:.0%} of the validation images get the same answer after epoch {now.epoch}")
     if inner is None or len(curve) < 2:
-        return
+        return same
     best = max(point.robust_accuracy for point in curve)
     if best > 0.2 and now.robust_accuracy < best / 2:
         raise Overfitting(
@@ -81,3 +89,4 @@ def refuse_collapse(
             f"catastrophic overfitting: {inner.label} leaves {confidence:.0%} confidence in the true class, "
             f"PGD accuracy is {now.robust_accuracy:.0%} after epoch {now.epoch}"
         )
+    return same

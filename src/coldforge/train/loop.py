@@ -246,9 +246,10 @@ class _Attempt:
                     self._report(step / self._total, f"epoch {epoch + 1}/{spec.epochs}  loss {value:.3f}")
                 if step % self._per_epoch == 0:
                     watched = partial(self._end_of_epoch, state, step, epoch_loss / self._per_epoch)
-                    state = self._world.agree(watched, Collapse)
+                    state, asleep = self._world.agree(watched, Collapse)
                     epoch_loss = 0.0
-                    self._shelf.put_good(state)
+                    if not asleep:
+                        self._shelf.put_good(state)
                 if self._shelf.lasts and time.monotonic() - saved > CHECKPOINT_SECONDS:
                     saved = time.monotonic()
                     self._shelf.put(self._at(state, step, epoch_loss))
@@ -313,8 +314,10 @@ class _Attempt:
             self._previous[indices] = self._world.gather(codes, len(batch))
         return found
 
-    def _end_of_epoch(self, state: TrainState, step: int, loss: float) -> TrainState:
-        """Watch, choose, and refuse a network that collapsed."""
+    def _end_of_epoch(self, state: TrainState, step: int, loss: float) -> tuple[TrainState, bool]:
+        """Watch, choose, and refuse a network that collapsed; True if it still gives one answer only, and is not worth
+        going back to.
+        """
         network, spec, watched = self._network, self._spec, self._data.validation
         if not all(bool(parameter.isfinite().all()) for parameter in network.parameters()):
             raise NotFinite(f"the weights are not finite after step {step}")
@@ -337,14 +340,14 @@ class _Attempt:
             point = point.model_copy(update=named)
             candidates[", averaged"] = (found[1] if robust else found[0], self._averaged.state)
         curve = [*state.curve, point]
-        refuse_collapse(network, watched, curve, self._inner, self._threat_model.eps, spec)
+        asleep = refuse_collapse(network, watched, curve, self._inner, self._threat_model.eps, spec)
         which = max(candidates, key=lambda name: candidates[name][0])
         score, weights = candidates[which]
         at_full_bits = self._bits(step - 1) == self._bits(self._total - 1)
         state = replace(state, curve=tuple(curve))
         if spec.keep == "last" or (at_full_bits and (not state.best or score >= state.score)):
             state = replace(state, best=copies(weights), score=score, chosen=f"epoch {point.epoch}{which}")
-        return self._at(state, step, 0.0)
+        return self._at(state, step, 0.0), asleep
 
     def _at(self, state: TrainState, step: int, epoch_loss: float) -> TrainState:
         """The whole state of now."""
