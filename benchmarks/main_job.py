@@ -230,7 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fraction", type=float, default=0.1, help="of the training and test images")
     parser.add_argument("--turns", type=int, default=1)
-    arguments = arguments_of(parser, "results/main_job.json", tables.main_job)
+    arguments = arguments_of(parser, "results/main_job.json", tables.main_job, parts=False)
     if not installed({"by hand": "torchattacks"}):
         raise SystemExit(1)
     changes = changed(arguments.fraction, arguments.threads)

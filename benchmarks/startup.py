@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import tables
-from turns import Record, arguments_of, chosen, in_turns, judged
+from turns import Record, arguments_of, in_turns, judged
 
 SCRIPT = Path(sys.executable).with_name("coldforge")
 COMMAND = [str(SCRIPT)] if SCRIPT.exists() else [sys.executable, "-m", "coldforge"]
@@ -41,10 +41,9 @@ def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=15)
-    arguments = arguments_of(parser, "results/startup.json", tables.startup)
-    (names,) = chosen(arguments.only, PROCESSES)
-    in_turns(names, 1, lambda what, _: seconds_of(what))
-    found = in_turns(names, arguments.turns, lambda what, _: seconds_of(what))
+    arguments = arguments_of(parser, "results/startup.json", tables.startup, parts=False)
+    in_turns(PROCESSES, 1, lambda what, _: seconds_of(what))
+    found = in_turns(PROCESSES, arguments.turns, lambda what, _: seconds_of(what))
     rows = []
     for what, seconds in found.items():
         median = statistics.median(seconds)

@@ -109,7 +109,7 @@ class Record:
 
 
 def arguments_of(
-    parser: argparse.ArgumentParser, out: str, table: Callable[[dict[str, Any]], str]
+    parser: argparse.ArgumentParser, out: str, table: Callable[[dict[str, Any]], str], *, parts: bool = True
 ) -> argparse.Namespace:
     """The command line, with what every benchmark takes; with ``--table`` the record is printed and that is all.
 
@@ -117,9 +117,11 @@ def arguments_of(
         parser: with the benchmark's own options.
         out: the record.
         table: the record as Markdown.
+        parts: whether it can run in part.
     """
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="networks, attacks, ... to be run")
-    parser.add_argument("--missing", action="store_true", help="leave out what the record holds already")
+    if parts:
+        parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="networks, attacks, ... to be run")
+        parser.add_argument("--missing", action="store_true", help="leave out what the record holds already")
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--table", action="store_true", help="print the record as Markdown and run nothing")
     parser.add_argument("--out", type=Path, default=Path(out))
