@@ -252,8 +252,8 @@ def test_a_network_that_gives_up_under_attack_meets_it_more_slowly(build, splits
 def test_the_slower_rise_of_eps_is_what_is_trained_with(build, splits, threat, monkeypatch):
     seen = []
 
-    def once(network, validation, curve, inner, eps, spec):
-        seen.append(curve[-1].eps / eps)
+    def once(network, validation, curve, inner, spec):
+        seen.append(curve[-1].eps / threat.eps)
         if len(seen) == 2:
             raise SameAnswer("gave up")
 
@@ -313,10 +313,10 @@ def curve(*robust, loss=1.5, eps=0.1):
     return [CurvePoint(epoch=epoch, robust_accuracy=value, **common) for epoch, value in enumerate(robust, 1)]
 
 
-def judge(build, splits, points, attack="fgsm-rs"):
+def judge(build, splits, points, attack="fgsm-rs", **settings):
     inner = parse_inner(attack) if attack else None
-    spec = TrainSpec(epochs=2, objective="adversarial" if attack else "natural")
-    loop.refuse_collapse(build("float"), splits.validation, points, inner, 0.1, spec)
+    spec = TrainSpec(epochs=2, objective="adversarial" if attack else "natural", **settings)
+    loop.refuse_collapse(build("float"), splits.validation, points, inner, spec)
 
 
 @pytest.mark.parametrize("robust", [(0.5, 0.05), (0.1, 0.6, 0.55, 0.2), (0.3, 0.0)])
@@ -331,6 +331,14 @@ def test_robustness_that_wavers_is_not(robust, build, splits):
     judge(build, splits, curve(*robust))
 
 
+def test_epochs_at_a_smaller_eps_are_not_measured_by_those_before_a_rollback(build, splits):
+    """eps rises anew, and PGD always has all of it."""
+    points = [*curve(0.5), *curve(0.0, 0.2, eps=0.05)[1:]]
+    judge(build, splits, points, eps_ramp=0.9)
+    with pytest.raises(Overfitting):
+        judge(build, splits, curve(0.5, 0.2))
+
+
 def test_confidence_that_pgd_does_not_bear_out_is_overfitting(build, splits):
     """exp(-0.2) = 82 % under the inner attack, 50 % under PGD: the network fools its own attack."""
     points = curve(0.5, 0.5, loss=0.2)
@@ -338,7 +346,7 @@ def test_confidence_that_pgd_does_not_bear_out_is_overfitting(build, splits):
         judge(build, splits, points)
     judge(build, splits, points, attack="pgd-7")  # strong enough to be believed
     judge(build, splits, curve(0.5, 0.5, loss=0.4))  # 67 %: within reach
-    judge(build, splits, curve(0.5, 0.5, loss=0.2, eps=0.05))  # eps was still rising
+    judge(build, splits, points, eps_ramp=0.51)  # eps was still rising when the epoch began, of two the second
     judge(build, splits, points[:1])
 
 
@@ -350,7 +358,7 @@ def test_an_inner_attack_that_is_too_weak_is_made_stronger(build, splits, threat
     """One step more each time, at the rate as it was."""
     told, seen = [], []
 
-    def weak(network, validation, points, inner, eps, spec):
+    def weak(network, validation, points, inner, spec):
         seen.append(inner.steps)
         if inner.steps < 3:
             raise Overfitting("too weak")

@@ -203,7 +203,7 @@ def few(build, splits, weight_bits, activation_bits):
     return quantize(build("float"), spec, splits.train.pixels())
 
 
-@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(1, 4), (2, 2), (1, 1), (4, 4)])
+@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(1, 4), (2, 2), (1, 1), (4, 4), (8, 4)])
 @pytest.mark.parametrize("ramp", [0.0, 0.6])
 def test_networks_of_few_bits_learn(weight_bits, activation_bits, ramp, build, splits, threat):
     network = few(build, splits, weight_bits, activation_bits)
@@ -267,7 +267,7 @@ def test_a_collapse_goes_back_to_the_last_good_epoch(build, splits, threat, monk
     """Overfitted in epochs 3 and 4, once each; what was learned before stays."""
     failed = set()
 
-    def overfitted(network, validation, curve, inner, eps, spec):
+    def overfitted(network, validation, curve, inner, spec):
         if curve[-1].epoch in (3, 4) and curve[-1].epoch not in failed:
             failed.add(curve[-1].epoch)
             raise Overfitting("overfitted")
@@ -293,7 +293,7 @@ def test_a_training_that_collapses_again_where_it_went_on_starts_again(build, sp
     """Twice in epoch 3: what is wrong was there at the end of epoch 2 already."""
     fell = []
 
-    def collapsing(network, validation, curve, inner, eps, spec):
+    def collapsing(network, validation, curve, inner, spec):
         if curve[-1].epoch == 3 and len(fell) < 2:
             fell.append([point.epoch for point in curve])
             raise loop.Collapse("one answer")
@@ -315,7 +315,7 @@ def test_a_training_that_collapses_again_where_it_went_on_starts_again(build, sp
 
 
 def test_a_training_that_failed_leaves_nothing_to_continue(build, splits, threat, monkeypatch, tmp_path):
-    def collapsing(network, validation, curve, inner, eps, spec):
+    def collapsing(network, validation, curve, inner, spec):
         if curve[-1].epoch == 2:
             raise loop.Collapse("one answer")
 

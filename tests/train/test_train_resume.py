@@ -102,11 +102,8 @@ def test_a_retry_is_remembered(build, splits, threat, tmp_path):
 
 
 def test_a_slower_rise_of_eps_is_remembered(build, splits, threat, tmp_path, monkeypatch):
-    tried = []
-
-    def gave_up(network, validation, curve, inner, eps, spec):
-        tried.append(curve[-1].eps)
-        if curve[-1].eps == eps and len(curve) < 2:
+    def gave_up(network, validation, curve, inner, spec):
+        if curve[-1].eps == threat.eps and len(curve) < 2:
             raise SameAnswer("gave up")
 
     monkeypatch.setattr(loop, "refuse_collapse", gave_up)
@@ -123,7 +120,7 @@ def test_a_slower_rise_of_eps_is_remembered(build, splits, threat, tmp_path, mon
 def test_a_stronger_inner_attack_is_remembered(build, splits, threat, tmp_path, monkeypatch):
     """As above, for the other kind of retry."""
 
-    def overfitted(network, validation, curve, inner, eps, spec):
+    def overfitted(network, validation, curve, inner, spec):
         if inner.label == "fgsm-rs":
             raise Overfitting("overfitted")
 

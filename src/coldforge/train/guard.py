@@ -49,7 +49,6 @@ def refuse_collapse(
     validation: ImageSet,
     curve: list[CurvePoint],
     inner: InnerAttack | None,
-    eps: float,
     spec: TrainSpec,
 ) -> bool:
     """Refuse a constant answer, and catastrophic overfitting of a weak inner attack.
@@ -75,14 +74,14 @@ def refuse_collapse(
         raise SameAnswer(f"{share:.0%} of the validation images get the same answer after epoch {now.epoch}")
     if inner is None or len(curve) < 2:
         return same
-    best = max(point.robust_accuracy for point in curve)
+    best = max(point.robust_accuracy for point in curve if point.eps <= now.eps)  # eps falls where it rises anew
     if best > 0.2 and now.robust_accuracy < best / 2:
         raise Overfitting(
             f"catastrophic overfitting: PGD accuracy fell from {best:.0%} to {now.robust_accuracy:.0%} "
             f"in epoch {now.epoch}"
         )
     confidence = math.exp(-now.loss)  # geometric mean of the probability of the true class, under the inner attack
-    at_full_eps = curve[-2].eps >= eps * (1 - 1e-6)
+    at_full_eps = now.epoch - 1 >= spec.eps_ramp * spec.epochs * (1 - 1e-6)  # from its first step on
     trusted = spec.objective == "adversarial"  # only there the loss is that of the true class
     if trusted and at_full_eps and inner.steps <= WEAK_STEPS and confidence > now.robust_accuracy + 0.2:
         raise Overfitting(

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from coldforge.attacks import ThreatModel, parse_inner, perturb
-from coldforge.compress import QuantizedLayer, attacking, fused, rectified, set_bits
+from coldforge.compress import ActivationQuantizer, QuantizedLayer, attacking, fused, rectified, set_bits
 from coldforge.data import DataSplits, epoch_batches, steps_per_epoch
 from coldforge.errors import CollapseError, RecipeError, TrainingError
 from coldforge.evaluate import BACKWARDS
@@ -169,7 +169,8 @@ class _Attempt:
         on_progress: Callable[[float, str], None] | None,
         world: World,
     ) -> None:
-        self._data, self._spec, self._threat_model, self._seed = data, spec, threat_model, seed
+        self._data, self._threat_model, self._seed = data, threat_model, seed
+        self._spec = retry.changed(spec, state)
         self._shelf, self._state, self._report, self._world = shelf, state, on_progress, world
         self._before, self._started = state.seconds, time.monotonic()
         self.macs = state.macs
@@ -179,7 +180,6 @@ class _Attempt:
         self._network = channels_last(copy.deepcopy(model))
         optimizer = make_optimizer(self._network, spec)
         self._inner = retry.inner_attack(spec, state)
-        self._ramp = retry.eps_ramp(spec, state)
         self._objective = Objective(spec, self._taught_by(teacher))
         passes = self._objective.passes(self._inner.steps if self._inner else 0)
         self._image_macs = passes * count_macs(self._network, data.image_shape)
@@ -340,7 +340,7 @@ class _Attempt:
             point = point.model_copy(update=named)
             candidates[", averaged"] = (found[1] if robust else found[0], self._averaged.state)
         curve = [*state.curve, point]
-        asleep = refuse_collapse(network, watched, curve, self._inner, self._threat_model.eps, spec)
+        asleep = refuse_collapse(network, watched, curve, self._inner, spec)
         which = max(candidates, key=lambda name: candidates[name][0])
         score, weights = candidates[which]
         at_full_bits = self._bits(step - 1) == self._bits(self._total - 1)
@@ -374,12 +374,12 @@ class _Attempt:
 
     def _lr(self, step: int) -> float:
         spec = self._spec
-        peak = retry.peak_lr(spec, self._state)
-        return learning_rate(step, self._total, peak=peak, warmup=spec.warmup, schedule=spec.schedule)
+        return learning_rate(step, self._total, peak=spec.lr, warmup=spec.warmup, schedule=spec.schedule)
 
     def _eps(self, step: int) -> float:
-        return ramped_eps(step, self._total, eps=self._threat_model.eps, ramp=self._ramp)
+        return ramped_eps(step, self._total, eps=self._threat_model.eps, ramp=self._spec.eps_ramp)
 
     def _bits(self, step: int) -> int:
-        final = min((m.final_bits for m in self._network.modules() if isinstance(m, QuantizedLayer)), default=32)
+        quantizers = (m for m in self._network.modules() if isinstance(m, QuantizedLayer | ActivationQuantizer))
+        final = min((quantizer.final_bits for quantizer in quantizers), default=32)
         return bits_now(step, self._total, final=final, ramp=self._spec.bits_ramp)
