@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coldforge.attacks import margins, predict
+from coldforge.compress import quantize
 from coldforge.errors import ModelError
 from coldforge.evaluate import Target, masking_panel
+from coldforge.evaluate.binarization import TIGHT, binarization_test
+from coldforge.recipe import QuantizeSpec
 
 # --- the flaws
 
@@ -250,3 +253,21 @@ def test_distillation_at_high_temperature_is_flagged(fresh, fit, data, ball):
     assert right.float().mean() > 0.7
     assert margins(logits, data.test_labels)[right].median() > 50
     assert failed(student, data, ball) >= {"zero_gradients_ce"}
+
+
+@pytest.fixture(scope="module")
+def coarse(robust, fit, data):
+    """A network of 4 bits, where the binarization test tries a second border."""
+    network = quantize(robust, QuantizeSpec(weight_bits=4, activation_bits=4), data.train[:256])
+    return fit(network, epochs=2, inner="fgsm-rs", lr=0.02)
+
+
+@pytest.mark.parametrize("flaw", [flaw for flaw, (_, names) in WRAPPED.items() if "binarization" in names])
+def test_flaws_before_a_network_of_few_bits_are_not_excused(flaw, coarse, data, ball):
+    if flaw == "hard quantization":
+        pytest.skip("it takes the network's layers apart; it is one of few bits itself")
+    network = WRAPPED[flaw][0](coarse).eval()
+    found = binarization_test(network, data.test[:64], ball)
+    assert found.found < 0.3
+    assert found.closeness == TIGHT
+    assert failed(network, data, ball)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from toy import ToyWorkshop
 
 from coldforge.errors import RecipeError, UsageError
 from coldforge.records import Record, load_record
+from coldforge.spec import spec_hash
 from coldforge.sweep import Listener, State, SweepSpec, conduct, expand, load_sweep, make_executor, survey, time_left
 from coldforge.sweep.graph import Task
 from coldforge.sweep.outcome import MOST_LOSSES
@@ -264,6 +266,8 @@ def test_a_failure_is_kept_and_the_rest_goes_on(executor, tmp_path, record):
     trouble = {"middle 0.3": "error"}
     state = run(tmp_path, record, executor, trouble=trouble)
     assert len(state.finished) == 8
+    assert time_left(state, 1) == 0
+    assert plan_of(state, 1.0).seconds_left == 0
     assert [failure.error for failure in state.failures.values()] == ["ValueError: this cannot be made"] * 2
     assert set(state.lost) == {trial.id for trial in state.trials if trial.recipe.prune.ratio == 0.3}
     assert set(state.lost.values()) == {"middle 0.3: ValueError: this cannot be made"}
@@ -275,6 +279,56 @@ def test_a_failure_is_kept_and_the_rest_goes_on(executor, tmp_path, record):
     healed = run(tmp_path, record, executor, retry_failed=True)
     assert (len(healed.finished), healed.failures) == (TRIALS, {})
     assert json.loads((tmp_path / "out" / "failures.json").read_text(encoding="utf-8")) == {}
+
+
+def test_seeds_may_be_computed_one_by_one_into_one_folder(tmp_path, record):
+    run(tmp_path, record, given=spec(seeds=(0,)), trouble={"middle 0.3": "error"})
+    other = run(tmp_path, record, given=spec(seeds=(1,)))
+    assert (len(other.finished), len(other.failures)) == (6, 0)
+    found = load_results(tmp_path / "out")
+    assert (found.seeds, found.trials, len(found.finished)) == ((0, 1), TRIALS, 10)
+    assert [failure.label for failure in found.failures] == ["middle 0.3"]
+    assert {trial_of(tmp_path / "out", trial).seed for trial in found.finished} == {0, 1}
+    whole = run(tmp_path, record)
+    assert (len(whole.finished), len(whole.failures)) == (10, 1)  # what failed is left alone, as ever
+    assert len(run(tmp_path, record, retry_failed=True).finished) == TRIALS
+    assert load_results(tmp_path / "out").failures == ()
+
+
+def test_other_settings_take_the_folder_over(tmp_path, record):
+    run(tmp_path, record)
+    run(tmp_path, record, given=spec(seeds=(0,), axes={"prune.ratio": [0.2]}))
+    assert load_results(tmp_path / "out").trials == 1
+
+
+class Renewed(ToyWorkshop):
+    """After a change of the code that makes leaves."""
+
+    def tasks(self, trial):
+        *before, leaf, measure = super().tasks(trial)
+        leaf = replace(leaf, key=spec_hash("new", leaf.key))
+        return [*before, leaf, replace(measure, key=spec_hash("new", measure.key), inputs=(leaf.key,))]
+
+
+@pytest.mark.parametrize("made_before", [False, True])
+def test_records_of_stages_that_are_made_anew_are_written_anew(made_before, tmp_path, record):
+    """Also where another sweep on this store has made them already."""
+    run(tmp_path, record)
+    before = records(tmp_path)
+    renewed = Renewed(tmp_path / "store", record)
+
+    def again(folder):
+        state = survey(spec(), expand(spec()), renewed, folder)
+        assert not state.finished
+        conduct(state, renewed, make_executor("serial", renewed, workers=1, threads=1), folder, listener=Listener())
+
+    if made_before:
+        again(tmp_path / "elsewhere")
+    again(tmp_path / "out")
+    after = records(tmp_path)
+    assert after.keys() == before.keys()
+    assert all(after[name] != before[name] for name in before)
+    assert len(survey(spec(), expand(spec()), renewed, tmp_path / "out").finished) == TRIALS
 
 
 @pytest.mark.parametrize(("deaths", "fine"), [(MOST_LOSSES - 1, True), (MOST_LOSSES, False)])
@@ -435,7 +489,7 @@ def test_time_left_does_not_take_seconds_for_multiply_adds():
         name: Task(name, name, name, (), macs=macs, seconds=seconds)
         for name, macs, seconds in zip(names, (0, 1e12, 0), (2.0, 0, 10.0), strict=True)
     }
-    graph = SimpleNamespace(tasks=tasks)
+    graph = SimpleNamespace(tasks=tasks, blocked_by=lambda failed: {})
     state = State(spec(), (), graph, done={"read"}, spent={("read", False): (4.0, 2.0)})
     assert time_left(state, 1) is None
     state.spent["train", True] = (100.0, 2e12)

@@ -10,9 +10,10 @@ Where we differ. Their head is a logistic regression, ours a linear discriminant
 weighs the features, and solved in closed form. Features are projected at random onto a sixth of the number of pixels
 where there are more of them (theirs: 512 features of 3,072 pixels): with about as many features as pixels the head
 would recognise the planted point alone, pixel by pixel, which no attack could find. Images whose planted point the head
-cannot separate are left out and counted; they abort theirs. Where the attack finds too few on a network of fewer than 8
-bits, it tries once more with the border half way to the planted point: that point differs from all others in single
-codes, too, which no gradient foresees, though the attack comes most of the way. Broken gradients find neither.
+cannot separate are left out and counted; they abort theirs. Where the attack finds too few on a network whose
+activations have fewer than 8 bits, it tries once more with the border half way to the planted point: that point differs
+from all others in single codes, too, which no gradient foresees, though the attack comes most of the way. Broken
+gradients find neither.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from coldforge.attacks import Classifier, ThreatModel
-from coldforge.compress import Backward, QuantizedLayer, attacking
+from coldforge.compress import ActivationQuantizer, Backward, QuantizedLayer, attacking
 from coldforge.evaluate.masking_checks import check, percent
 from coldforge.records import MaskingCheckRecord
 
@@ -52,6 +53,8 @@ LEAST_FOUND = 0.75
 """Part of the planted images that the attack must find. Honest networks: 0.9 to 1; planted flaws: 0 to 0.16."""
 MOST_AT_RANDOM = 0.5
 """Where random sampling finds more of them, the test says nothing."""
+MOST_AT_RANDOM_HALFWAY = 0.25
+"""The same with the border half way, where chance has it easier."""
 LEAST_USABLE = 0.9
 """Where an adversarial image can be planted for fewer images, neither: rounding to 4 bits or less may be so coarse that
 features hardly differ within a small ball, and what little differs are single codes that no gradient foresees."""
@@ -74,11 +77,14 @@ class Binarization:
     """Where they come from: the input of this layer, or "logits"."""
     closeness: float = TIGHT
     """Where the border lay."""
+    found_tight: float = -1.0
+    """What was found at the tight border before; -1: this is that border."""
 
     @property
     def conclusive(self) -> bool:
         """Whether it says anything about the attack."""
-        return self.images >= LEAST_USABLE * self.attempted and self.found_at_random <= MOST_AT_RANDOM
+        most = MOST_AT_RANDOM if self.closeness == TIGHT else MOST_AT_RANDOM_HALFWAY
+        return self.images >= LEAST_USABLE * self.attempted and self.found_at_random <= most
 
 
 def binarization_check(found: Binarization) -> MaskingCheckRecord:
@@ -88,7 +94,7 @@ def binarization_check(found: Binarization) -> MaskingCheckRecord:
         f"sampling {percent(found.found_at_random)}"
     )
     if found.closeness < TIGHT:
-        rates += " (with the border half way to them)"
+        rates += f", with the border half way to them (all of the way the attack found {percent(found.found_tight)})"
     if not found.conclusive:
         why = f"not conclusive, so not counted ({found.images} of {found.attempted} images could be used): {rates}"
         return MaskingCheckRecord(
@@ -184,12 +190,13 @@ def binarization_test(
     say(0.75)
     if tight.found >= LEAST_FOUND or not tight.conclusive or not _coarse(network):
         return tight
-    halfway = attack(replace(heads, closeness=HALFWAY))
+    halfway = replace(attack(replace(heads, closeness=HALFWAY)), found_tight=tight.found)
     return halfway if halfway.found >= LEAST_FOUND and halfway.conclusive else tight
 
 
 def _coarse(network: nn.Module) -> bool:
-    return any(isinstance(module, QuantizedLayer) and module.final_bits < 8 for module in network.modules())
+    """Whether activations have so few bits that single codes count."""
+    return any(isinstance(module, ActivationQuantizer) and module.final_bits < 8 for module in network.modules())
 
 
 def _plant(

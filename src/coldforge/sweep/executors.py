@@ -67,7 +67,7 @@ class Serial:
 class Processes:
     """Workers of this machine, each with its share of the processors.
 
-    A worker that dies (out of memory, killed) is replaced and its task tried again, :data:`MOST_LOSSES` times.
+    A worker that dies (out of memory, killed) is replaced and its task tried :data:`MOST_LOSSES` times in all.
 
     Args:
         workshop: copied to each worker.

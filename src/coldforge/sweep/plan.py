@@ -51,7 +51,8 @@ def plan_of(state: State, macs_per_second: float) -> Plan:
             uses[key] = uses.get(key, 0) + 1
     alike = Counter((graph.tasks[key].label, count) for key, count in uses.items() if count > 1)
     most = sorted(alike, key=lambda pair: -pair[1])[:_MOST_SHARED]  # stable: in the order of the arrow
-    left = [task for key, task in graph.tasks.items() if key not in state.done]
+    blocked = graph.blocked_by(state.failures)
+    left = [task for key, task in graph.tasks.items() if key not in state.done and key not in blocked]
     return Plan(
         name=state.spec.name,
         trials=tuple(trial.label for trial in state.trials),

@@ -12,6 +12,7 @@ same call: stages that are there are not made again, and a failed one is not tri
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections import deque
@@ -55,6 +56,10 @@ class State:
     found: int = 0
     """How many of them were there before."""
     failures: dict[str, Failure] = field(default_factory=dict)
+    elsewhere: dict[str, Failure] = field(default_factory=dict)
+    """Failures of trials that this call leaves out, such as those of other seeds."""
+    before: dict[str, Any] = field(default_factory=dict)
+    """The file of the sweep's folder as an earlier call left it."""
     running: dict[str, float] = field(default_factory=dict)
     """Stage to when it was handed out."""
     finished: set[str] = field(default_factory=set)
@@ -96,9 +101,42 @@ def survey(spec: SweepSpec, trials: Sequence[Trial], workshop: Workshop, out: Pa
     done = {key for key, task in graph.tasks.items() if workshop.has(task)}
     state = State(spec, trials, graph, done=done, found=len(done))
     if out is not None:
-        state.failures = {key: f for key, f in load_failures(out).items() if key in graph.tasks and key not in done}
-        state.finished = {trial.id for trial in trials if (out / RECORDS / f"{trial.id}.json").is_file()}
+        ours = {trial.id for trial in trials}
+        for key, failure in load_failures(out).items():
+            if key in graph.tasks and key not in done:
+                state.failures[key] = failure
+            elif failure.trials and not ours & set(failure.trials):
+                state.elsewhere[key] = failure
+        state.before = _earlier(out, spec)
+        made_of = {trial["id"]: trial.get("made_of") for trial in state.before.get("trials", ())}
+        state.finished = {
+            trial.id
+            for trial, keys in zip(trials, graph.needed, strict=True)
+            if made_of.get(trial.id) == _made_of(keys) and _record(out, trial).is_file()
+        }
     return state
+
+
+def _earlier(out: Path, spec: SweepSpec) -> dict[str, Any]:
+    """The sweep's file as an earlier call left it, perhaps with other seeds; empty where it was another sweep."""
+    path = out / SWEEP
+    if not path.is_file():
+        return {}
+    before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if before.get("name") != spec.name:
+        raise UsageError(f"--out: {out} holds another sweep; name another folder")
+    now = spec.model_dump(mode="json")
+    same = all(before.get(key) == value for key, value in now.items() if key not in ("seeds", "description"))
+    return before if same else {}
+
+
+def _made_of(keys: Sequence[str]) -> str:
+    """What a record is made of, in short: one that is made of other stages must be written anew."""
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
+
+
+def _record(out: Path, trial: Trial) -> Path:
+    return out / RECORDS / f"{trial.id}.json"
 
 
 def conduct(
@@ -211,9 +249,8 @@ class _Conductor:
 
     def _finish(self, number: int) -> None:
         trial = self._state.trials[number]
-        path = self._out / RECORDS / f"{trial.id}.json"
-        if trial.id not in self._state.finished or not path.is_file():
-            self._workshop.finish(trial, path)
+        if trial.id not in self._state.finished:
+            self._workshop.finish(trial, _record(self._out, trial))
             self._state.finished.add(trial.id)
 
 
@@ -223,9 +260,9 @@ def time_left(state: State, slots: int) -> float | None:
     """
     if not state.spent:
         return None
-    total = 0.0
+    total, blocked = 0.0, state.graph.blocked_by(state.failures)
     for key, task in state.graph.tasks.items():
-        if key in state.done or key in state.failures:
+        if key in state.done or key in blocked:
             continue
         counted = task.macs > 0  # else its work is in seconds, as estimated
         alike = state.spent.get((task.kind, counted))
@@ -243,22 +280,25 @@ def time_left(state: State, slots: int) -> float | None:
 def _prepare(state: State, out: Path) -> None:
     try:
         (out / RECORDS).mkdir(parents=True, exist_ok=True)
-        before = out / SWEEP
-        if before.is_file() and json.loads(before.read_text(encoding="utf-8")).get("name") != state.spec.name:
-            raise UsageError(f"--out: {out} holds another sweep; name another folder")
-        trials = [
-            {"id": trial.id, "label": trial.label, "point": dict(trial.point), "seed": trial.seed}
-            for trial in state.trials
-        ]
         graph = state.graph
+        trials = [
+            {"id": t.id, "label": t.label, "point": dict(t.point), "seed": t.seed, "made_of": _made_of(keys)}
+            for t, keys in zip(state.trials, graph.needed, strict=True)
+        ]
+        for trial in state.trials:
+            if trial.id not in state.finished:  # one that is there is of other stages
+                _record(out, trial).unlink(missing_ok=True)
+        ours = {trial.id for trial in state.trials}
+        others = [trial for trial in state.before.get("trials", ()) if trial["id"] not in ours]
         stages = {
             "distinct": len(graph.tasks),
             "alone": sum(map(len, graph.needed)),
             "macs": graph.macs,
             "macs_alone": graph.macs_alone,
         }
-        content = {**state.spec.model_dump(mode="json"), "trials": trials, "stages": stages}
-        write_atomic(before, json.dumps(content, indent=1, default=str) + "\n")
+        content = {**state.spec.model_dump(mode="json"), "trials": [*others, *trials], "stages": stages}
+        content["seeds"] = sorted({trial["seed"] for trial in content["trials"]})
+        write_atomic(out / SWEEP, json.dumps(content, indent=1, default=str) + "\n")
         if state.failures or (out / FAILURES).exists():
             _write_failures(out, state)
     except OSError as error:
@@ -278,7 +318,8 @@ def _write_failures(out: Path, state: State) -> None:
     lost: dict[str, list[str]] = {}
     for trial, key in state.guilty.items():
         lost.setdefault(key, []).append(trial)
-    content = {key: {**asdict(failure), "trials": lost.get(key, [])} for key, failure in state.failures.items()}
+    ours = {key: {**asdict(failure), "trials": lost.get(key, [])} for key, failure in state.failures.items()}
+    content = {**{key: asdict(failure) for key, failure in state.elsewhere.items()}, **ours}
     write_atomic(out / FAILURES, json.dumps(content, indent=1) + "\n")
 
 

@@ -251,8 +251,3 @@ def _range(start: float, stop: float, step: float) -> Iterator[float]:
         raise ValueError(f"expected a step above 0 and to >= from, got from {start:g} to {stop:g} in steps of {step:g}")
     for number in range(int((stop - start) / step + 1e-9) + 1):
         yield round(start + number * step, 10)
-
-
-def seeds_of(trials: Iterable[Trial]) -> int:
-    """How many different seeds there are."""
-    return len({trial.seed for trial in trials})
