@@ -127,11 +127,11 @@ def read_sweeps(folders: Iterable[Path]) -> tuple[list[Point], dict[str, dict[st
             continue
         found = points_of(sweep)
         points += found
-        seeds = ", ".join(map(str, sweep.seeds))
-        told[f"{sweep.name}, seed{'s' * (len(sweep.seeds) > 1)} {seeds}"] = {
+        seeds = sorted({int(row["seed"]) for row in sweep.rows})  # of finished trials
+        told[f"{sweep.name}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"] = {
             "recipe": sweep.name,
             "data": found[0].data,
-            "seeds": list(sweep.seeds),
+            "seeds": seeds,
             "settings": _settings(folder),
             "commits": sorted({str(_record(sweep, trial).provenance["git_commit"]) for trial in sweep.finished}),
             "trials": sweep.trials,

@@ -18,6 +18,7 @@ stopped. --only takes beginnings of labels, and seeds. The ensemble takes half a
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import re
@@ -133,8 +134,12 @@ def keep(network: Network) -> None:
 def is_attacked(network: Network, n: int) -> bool:
     """Whether there is a record of this network, with at least so many images."""
     path = RESULTS / f"{network.name}.json"
-    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"trial": "", "n": 0}
-    return bool(old["trial"] == network.trial and old["n"] >= n)
+    if not path.is_file():
+        return False
+    old = json.loads(path.read_text(encoding="utf-8"))
+    content = (network.folder / "model.onnx").read_bytes()
+    same = old["trial"] == network.trial and old["sha256"] == hashlib.sha256(content).hexdigest()
+    return bool(same and old["n"] >= n)
 
 
 def attack(network: Network, out: Path, *, n: int, threads: int) -> Found:
@@ -275,6 +280,7 @@ def _verdicts(rows: dict[str, list[Found]]) -> Iterator[str]:
             continue
         mean, low, high, seeds = difference(ours, theirs)
         met = "yes" if mean >= -goal.points else "no"
+        met += "" if low >= -goal.points or high < -goal.points else ", within the interval"
         yield (
             f"| {goal.row} | {goal.against} | ≥ −{goal.points:g} | {mean:+.1f} [{low:+.1f}, {high:+.1f}] "
             f"| {seeds} | {met} |"
