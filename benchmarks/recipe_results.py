@@ -280,7 +280,7 @@ def _verdicts(rows: dict[str, list[Found]]) -> Iterator[str]:
             continue
         mean, low, high, seeds = difference(ours, theirs)
         met = "yes" if mean >= -goal.points else "no"
-        met += "" if low >= -goal.points or high < -goal.points else ", within the interval"
+        met += "" if low >= -goal.points or high < -goal.points else ", not decided"
         yield (
             f"| {goal.row} | {goal.against} | ≥ −{goal.points:g} | {mean:+.1f} [{low:+.1f}, {high:+.1f}] "
             f"| {seeds} | {met} |"
