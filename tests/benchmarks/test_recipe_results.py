@@ -58,15 +58,18 @@ def test_fewer_images_are_compared_with_the_same_ones() -> None:
     assert mean == 0.0
 
 
-def test_the_table_judges_goals(tmp_path: Path) -> None:
-    stands = {REFERENCE: 800, HALF: 795, QUARTER: 700}
+@pytest.mark.parametrize(
+    ("half", "met"), [(802, "yes"), (795, "yes, not decided"), (785, "no, not decided"), (700, "no")]
+)
+def test_the_table_judges_goals(half: int, met: str, tmp_path: Path) -> None:
+    stands = {REFERENCE: 800, HALF: half, QUARTER: 700}
     for row, count in stands.items():
         record = found(row, [True] * count + [False] * (1000 - count), train_macs=2e14 if row == REFERENCE else 1e13)
         (tmp_path / f"{slug(row)}-0.json").write_text(json.dumps(record), encoding="utf-8")
     shown = table(tmp_path)
     assert shown.splitlines()[2].startswith(f"| {REFERENCE} | 1 | 90.0 | 80.0 | apgd-ce 3, square on the file 1 | ok |")
-    assert f"| {HALF} | {REFERENCE} | ≥ −1 | -0.5 [" in shown
-    assert "| 1 | yes |" in shown
+    assert f"| {HALF} | {REFERENCE} | ≥ −1 | {(half - 800) / 10:+.1f} [" in shown
+    assert f"| 1 | {met} |" in shown
     assert f"| {QUARTER} | {REFERENCE} | ≥ −4 | -10.0 [" in shown
     assert "| 1 | no |" in shown
     assert "| half, 4 bits, 3 epochs | half, 8 bits, 3 epochs | ≥ −0.5 | not computed yet |" in shown
