@@ -19,7 +19,7 @@ def good(epochs: int) -> TrainState:
     [
         ([], "lr 0.09 and pgd-2"),
         ([SameAnswer], "lr 0.09 and pgd-2, eps rising over 60% of training"),
-        ([SameAnswer, SameAnswer], "lr 0.03 and pgd-2, eps rising over 80% of training"),
+        ([SameAnswer, SameAnswer], "lr 0.01 and pgd-2, eps rising over 80% of training"),
         ([Overfitting], "lr 0.09 and pgd-3"),
         ([NotFinite], "lr 0.03 and pgd-2"),
         ([Collapse, Collapse], "lr 0.01 and pgd-2"),

@@ -2,8 +2,8 @@
 
 A network that fooled its own inner attack gets a stronger one. A network that gave up while eps was new to it, and
 answers the same whatever it sees, meets the attack more slowly: narrow networks that must withstand all of eps at once
-never leave that answer, at no learning rate. Where that did not help, the learning rate falls, too; it alone in all
-other cases.
+never leave that answer, at no learning rate. Where that did not help, the learning rate falls, too, as far as if it had
+fallen at once; it alone in all other cases.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def after(collapse: Collapse, collapsed: TrainState, back: TrainState, spec: Tra
 
 
 def changed(spec: TrainSpec, state: TrainState) -> TrainSpec:
-    """The settings of this attempt: a third of the peak learning rate for each collapse, but for those answered by a
-    stronger attack and for the first that a slower rise of eps answered; and that rise.
+    """The settings of this attempt: a third of the peak learning rate for each collapse that no stronger attack
+    answered, and how slowly eps rises. One that did so once has the rate of before: nobody knows yet which it takes.
     """
-    lowered = state.attempt - state.stronger - min(state.slower, 1)
+    lowered = state.attempt - state.stronger - (state.slower == 1)
     ramp = _eps_ramp(spec, state.slower)
     return spec.model_copy(update={"lr": spec.lr * LOWER_LR**lowered, "eps_ramp": ramp})
 
