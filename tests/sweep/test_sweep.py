@@ -295,10 +295,20 @@ def test_seeds_may_be_computed_one_by_one_into_one_folder(tmp_path, record):
     assert load_results(tmp_path / "out").failures == ()
 
 
+def test_a_failure_that_another_sweep_healed_is_gone(tmp_path, record):
+    run(tmp_path, record, given=spec(seeds=(0,)), trouble={"middle 0.3": "error"})
+    workshop, elsewhere = ToyWorkshop(tmp_path / "store", record), tmp_path / "elsewhere"
+    hands = make_executor("serial", workshop, workers=1, threads=1)
+    conduct(survey(spec(), expand(spec()), workshop, elsewhere), workshop, hands, elsewhere, listener=Listener())
+    assert len(run(tmp_path, record).finished) == TRIALS
+    assert load_results(tmp_path / "out").failures == ()
+
+
 def test_other_settings_take_the_folder_over(tmp_path, record):
-    run(tmp_path, record)
+    run(tmp_path, record, trouble={"middle 0.3": "error"})
     run(tmp_path, record, given=spec(seeds=(0,), axes={"prune.ratio": [0.2]}))
-    assert load_results(tmp_path / "out").trials == 1
+    found = load_results(tmp_path / "out")
+    assert (found.trials, found.failures) == (1, ())
 
 
 class Renewed(ToyWorkshop):

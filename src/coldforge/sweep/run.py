@@ -12,7 +12,6 @@ same call: stages that are there are not made again, and a failed one is not tri
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections import deque
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from coldforge.errors import StoreError, UsageError
+from coldforge.spec import spec_hash
 from coldforge.store import write_atomic
 from coldforge.sweep.executors import Executor
 from coldforge.sweep.graph import EXCLUSIVE, Graph, Workshop
@@ -101,14 +101,15 @@ def survey(spec: SweepSpec, trials: Sequence[Trial], workshop: Workshop, out: Pa
     done = {key for key, task in graph.tasks.items() if workshop.has(task)}
     state = State(spec, trials, graph, done=done, found=len(done))
     if out is not None:
-        ours = {trial.id for trial in trials}
-        for key, failure in load_failures(out).items():
-            if key in graph.tasks and key not in done:
-                state.failures[key] = failure
-            elif failure.trials and not ours & set(failure.trials):
-                state.elsewhere[key] = failure
         state.before = _earlier(out, spec)
         made_of = {trial["id"]: trial.get("made_of") for trial in state.before.get("trials", ())}
+        others = made_of.keys() - {trial.id for trial in trials}
+        for key, failure in load_failures(out).items():
+            if key in graph.tasks:
+                if key not in done:
+                    state.failures[key] = failure
+            elif failure.trials and others >= set(failure.trials):
+                state.elsewhere[key] = failure
         state.finished = {
             trial.id
             for trial, keys in zip(trials, graph.needed, strict=True)
@@ -132,7 +133,7 @@ def _earlier(out: Path, spec: SweepSpec) -> dict[str, Any]:
 
 def _made_of(keys: Sequence[str]) -> str:
     """What a record is made of, in short: one that is made of other stages must be written anew."""
-    return hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
+    return spec_hash(*keys)[:16]
 
 
 def _record(out: Path, trial: Trial) -> Path:

@@ -170,7 +170,7 @@ class _Attempt:
         world: World,
     ) -> None:
         self._data, self._threat_model, self._seed = data, threat_model, seed
-        self._spec = retry.changed(spec, state)
+        spec = self._spec = retry.changed(spec, state)
         self._shelf, self._state, self._report, self._world = shelf, state, on_progress, world
         self._before, self._started = state.seconds, time.monotonic()
         self.macs = state.macs
