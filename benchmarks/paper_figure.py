@@ -42,7 +42,7 @@ from paper_points import (
 
 from coldforge.provenance import provenance
 from coldforge.report.plots import COLOURS, INK, MUTED, RULE, WRONG, to_png
-from coldforge.store import write_atomic
+from coldforge.sealed import write_atomic
 from coldforge.sweep import load_sweep
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"

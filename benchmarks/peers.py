@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import hashlib
 import importlib
 import sys
 import time
@@ -35,6 +34,7 @@ from coldforge.evaluate import Precision, Target, fast_copy, find_adversarial
 from coldforge.models import channels_last
 from coldforge.provenance import git_state, has_bf16
 from coldforge.recipe import DataSpec
+from coldforge.sealed import sha256_of
 
 TOLERANCE = 1e-6
 NETWORKS = {"fashion-mnist-cnn8": ("fashion-mnist", 0.1), "cifar10-resnet20": ("cifar10", 8 / 255)}
@@ -123,7 +123,7 @@ def load_task(name: str, n: int, folder: Path = Path("results/networks")) -> Tas
     source, eps = NETWORKS[name]
     network, _ = load_network(folder / name)
     test = load_data(DataSpec(source=source, test_n=n)).test
-    digest = hashlib.sha256((folder / name / "model.safetensors").read_bytes()).hexdigest()[:12]
+    digest = sha256_of(folder / name / "model.safetensors")[:12]
     return Task(name, network, test.pixels(), test.labels, ThreatModel("linf", eps), digest)
 
 

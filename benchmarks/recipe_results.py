@@ -18,7 +18,6 @@ stopped. --only takes beginnings of labels, and seeds. The ensemble takes half a
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import re
@@ -39,7 +38,7 @@ from coldforge.evaluate import WORST_CASE
 from coldforge.evaluation.job import evaluate_path
 from coldforge.evaluation.request import Request
 from coldforge.records import EvaluationRecord, load_record
-from coldforge.sealed import write_atomic
+from coldforge.sealed import sha256_of, write_atomic
 from coldforge.store import Store
 from coldforge.sweep import RecipeWorkshop
 from coldforge.sweep.plan import trial_of
@@ -137,8 +136,7 @@ def is_attacked(network: Network, n: int) -> bool:
     if not path.is_file():
         return False
     old = json.loads(path.read_text(encoding="utf-8"))
-    content = (network.folder / "model.onnx").read_bytes()
-    same = old["trial"] == network.trial and old["sha256"] == hashlib.sha256(content).hexdigest()
+    same = old["trial"] == network.trial and old["sha256"] == sha256_of(network.folder / "model.onnx")
     return bool(same and old["n"] >= n)
 
 

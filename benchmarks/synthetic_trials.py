@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from coldforge.records import Record, load_record
+from coldforge.sealed import write_atomic
 from coldforge.spec import spec_hash
 from coldforge.stages.shop import read_json, write_json
-from coldforge.store import Store, write_atomic
+from coldforge.store import Store
 from coldforge.sweep import SweepSpec, Task, Trial
 from coldforge.sweep.executors import Outcome
 

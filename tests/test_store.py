@@ -19,7 +19,8 @@ import coldforge
 from coldforge.errors import StoreError, UsageError
 from coldforge.progress import Progress
 from coldforge.recipe import PruneSpec
-from coldforge.store import Store, default_root, key, write_atomic
+from coldforge.sealed import write_atomic
+from coldforge.store import Store, default_root, key
 
 KEY = key("baseline", 1, {"epochs": 3})
 OTHER = key("baseline", 1, {"epochs": 4})
@@ -352,7 +353,8 @@ PRELUDE = """
 import sys, time
 from pathlib import Path
 from coldforge.progress import Progress
-from coldforge.store import Store, write_atomic
+from coldforge.sealed import write_atomic
+from coldforge.store import Store
 root, log, key = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 """
 

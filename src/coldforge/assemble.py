@@ -28,8 +28,8 @@ from coldforge.records import (
     StageRecord,
     ThreatModelRecord,
 )
+from coldforge.sealed import write_atomic
 from coldforge.stages import ONNX_FILE, Arrow, Shop
-from coldforge.store import write_atomic
 
 LABELS: dict[str, tuple[StageName, str]] = {
     "baseline": ("baseline", "baseline"),

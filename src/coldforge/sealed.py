@@ -87,7 +87,7 @@ def seal(folder: Path, kind: str, key: str, describe: Mapping[str, Any]) -> None
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         if not only_for_resuming(path.relative_to(folder)):
             fsync(path)
-            files[path.relative_to(folder).as_posix()] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
+            files[path.relative_to(folder).as_posix()] = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
     for inner in sorted({(folder / name).parent for name in files} - {folder}):
         fsync(inner)
     manifest = {
@@ -138,7 +138,7 @@ def find_problem(folder: Path, key: str | None = None, *, checksums: bool = True
             size = (folder / name).stat().st_size
             if size != expected["bytes"]:
                 return f"file {name}: expected {expected['bytes']} bytes, got {size}"
-            if checksums and _sha256(folder / name) != expected["sha256"]:
+            if checksums and sha256_of(folder / name) != expected["sha256"]:
                 return f"file {name}: checksum differs"
         except FileNotFoundError:
             return f"file {name}: missing"
@@ -147,6 +147,7 @@ def find_problem(folder: Path, key: str | None = None, *, checksums: bool = True
     return ""
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -44,7 +44,7 @@ from coldforge.sealed import (
 )
 from coldforge.spec import spec_hash
 
-__all__ = ["Entry", "Pruned", "Store", "default_root", "key", "write_atomic"]
+__all__ = ["Entry", "Pruned", "Store", "default_root", "key"]
 
 _SHORT = 16  # digits of a key in a folder name: 64 bits; the manifest holds all of it
 _PATIENCE_S = 3.0  # waiting longer than this for another process is said
@@ -165,7 +165,8 @@ class Store:
             key: from :func:`key`.
             build: writes the stage's files into the folder it is given. That folder is the same one after a kill, and
                 holds the files and folders named ``checkpoint…`` that the killed build left there; all else is gone.
-                Write checkpoints with :func:`write_atomic`. They are deleted when the stage is complete.
+                Write checkpoints with :func:`~coldforge.sealed.write_atomic`. They are deleted when the stage is
+                complete.
             describe: plain values for people and lists; ``label`` names the stage in messages.
             progress: is told of damage found and of waiting for other processes.
 

@@ -8,7 +8,7 @@ import zlib
 from toy import ToyWorkshop
 
 from coldforge.records import LatencyRecord, MaskingRecord, PruningRatioRecord, Record, StageRecord
-from coldforge.store import write_atomic
+from coldforge.sealed import write_atomic
 from coldforge.sweep import Listener, SweepSpec, conduct, expand, make_executor, survey
 
 BITS = [

@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 
 from coldforge.records import Record
+from coldforge.sealed import write_atomic
 from coldforge.spec import spec_hash
-from coldforge.store import Store, write_atomic
+from coldforge.store import Store
 from coldforge.sweep import Listener, Task, conduct, expand, load_sweep, make_executor, survey
 
 

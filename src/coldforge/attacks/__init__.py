@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from coldforge.attacks.apgd import APGD
-from coldforge.attacks.base import Attack, AttackResult
+from coldforge.attacks.base import WITH_GRADIENT, Attack, AttackResult
 from coldforge.attacks.ensemble import Ensemble, as_parts
 from coldforge.attacks.fab import FAB
 from coldforge.attacks.gradient import PGD
@@ -21,6 +21,7 @@ __all__ = [
     "INNER_FORMS",
     "PGD",
     "TILE",
+    "WITH_GRADIENT",
     "Attack",
     "AttackResult",
     "Classifier",

@@ -24,6 +24,9 @@ from coldforge.attacks.threat import ThreatModel
 from coldforge.attacks.tiles import Tiles
 from coldforge.spec import Spec, seed_of
 
+WITH_GRADIENT = 3.0
+"""Time of a pass that also gives gradients, in forward passes."""
+
 _PROGRESS_PASSES = 8
 _DOUBT = 0.01
 """A judge is also asked where the margin is smaller than ever before and than this part of the range of the logits."""
@@ -118,6 +121,10 @@ class Attack(Spec, ABC):
     def runs(self, classes: int) -> int:
         """How many runs are made on an image that stands."""
         return self.restarts
+
+    def passes(self, classes: int) -> float:
+        """Time of the attack on an image that stands, in forward passes."""
+        return self.runs(classes) * (self.steps + 1) * (WITH_GRADIENT if self.uses_gradients else 1.0)
 
     def targets(self, model: Classifier, images: Tensor, labels: Tensor) -> Tensor | None:
         """The class wanted in each run ``(N, runs)``; None: any wrong one."""

@@ -1,7 +1,14 @@
 """Compression: structured channel pruning, quantization, and checkpoints that replay both without pickle."""
 
 from coldforge.compress.checkpoint import Structure, build, load_network, read_structure, save_network
-from coldforge.compress.fakequant import ActivationQuantizer, Backward, QuantizedLayer, attacking, fake_quantize
+from coldforge.compress.fakequant import (
+    ActivationQuantizer,
+    Backward,
+    QuantizedLayer,
+    attacking,
+    fake_quantize,
+    is_quantized,
+)
 from coldforge.compress.fold import fold_quantized
 from coldforge.compress.graph import batchnorm_behind, fold_batchnorm, scale_and_shift, trace
 from coldforge.compress.importance import taylor
@@ -32,6 +39,7 @@ __all__ = [
     "fold_quantized",
     "fused",
     "insert_quantizers",
+    "is_quantized",
     "joined",
     "load_network",
     "prune",

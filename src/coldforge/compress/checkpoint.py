@@ -19,8 +19,8 @@ from coldforge.compress.quantize import insert_quantizers
 from coldforge.errors import ModelError
 from coldforge.models import ModelSource, model_source, normalized
 from coldforge.recipe import QuantizeSpec
+from coldforge.sealed import write_atomic
 from coldforge.spec import Spec
-from coldforge.store import write_atomic
 
 WEIGHTS, STRUCTURE = "model.safetensors", "structure.json"
 

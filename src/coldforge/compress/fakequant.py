@@ -357,6 +357,11 @@ class QuantizedLayer(nn.Module):
         return f"{'conv' if self.is_conv else 'linear'} {tuple(self.weight.shape)}, bits={self.bits}"
 
 
+def is_quantized(network: nn.Module) -> bool:
+    """Whether gradients must be passed through rounding."""
+    return any(isinstance(module, ActivationQuantizer) for module in network.modules())
+
+
 @contextmanager
 def attacking(model: nn.Module, backward: Backward = "pass_through") -> Iterator[None]:
     """Inside, weights are quantized once and kept, and activation quantizers let gradients through as asked.

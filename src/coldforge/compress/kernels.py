@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from coldforge.provenance import cpp_compiler, cpu_flags
-from coldforge.store import default_root, write_atomic
+from coldforge.sealed import write_atomic
+from coldforge.store import default_root
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _ALWAYS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")

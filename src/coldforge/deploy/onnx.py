@@ -19,7 +19,7 @@ from coldforge._version import __version__
 from coldforge.deploy.graph import tidy
 from coldforge.deploy.integer import integer_form, translations
 from coldforge.errors import ExportError, UsageError
-from coldforge.store import write_atomic
+from coldforge.sealed import write_atomic
 
 OPSET = 21
 """The first with 16-bit QuantizeLinear."""

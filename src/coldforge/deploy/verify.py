@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from coldforge.errors import ModelError, UsageError
 from coldforge.measure.latency import measure_latency
 from coldforge.provenance import cpu_model
 from coldforge.records import LatencyRecord, Record, StageRecord, load_record
-from coldforge.store import write_atomic
+from coldforge.sealed import sha256_of, write_atomic
 
 MODEL, PROBE = "model.onnx", "probe.safetensors"
 
@@ -138,7 +137,7 @@ def _read_probe(path: Path) -> dict[str, Tensor]:
 
 def _check_checksum(file: Path, record: Record) -> Check:
     expected = str(record.provenance.get("artifact_sha256", "none in the record"))
-    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    found = sha256_of(file)
     return Check(
         "checksum", found == expected, expected[:16], found[:16], "model.onnx is the file that the record is about"
     )

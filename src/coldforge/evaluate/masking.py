@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from coldforge.attacks import Classifier, ThreatModel, check_images, predict, untouched
-from coldforge.compress import ActivationQuantizer, attacking
+from coldforge.compress import attacking, is_quantized
 from coldforge.errors import AttackError, ModelError
 from coldforge.evaluate.binarization import binarization_check, binarization_test
 from coldforge.evaluate.masking_attacks import (
@@ -183,8 +183,7 @@ def _refuse_what_is_no_logits(logits: Tensor) -> None:
 
 
 def _white_box(network: nn.Module, task: Task, target: Target, say: Callable[[str], None]) -> list[MaskingCheckRecord]:
-    quantized = any(isinstance(module, ActivationQuantizer) for module in network.modules())
-    backwards = BACKWARDS if quantized else BACKWARDS[:1]
+    backwards = BACKWARDS if is_quantized(network) else BACKWARDS[:1]
     say("gradients")
     generator = torch.Generator().manual_seed(task.seed)
     checks = gradient_checks(network, task.images, task.labels, task.ball, backwards, generator)

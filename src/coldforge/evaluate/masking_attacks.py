@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from coldforge.attacks import PGD, Attack, Classifier, Judge, ThreatModel, parse_attack, predict
-from coldforge.compress import ActivationQuantizer, Backward, attacking
+from coldforge.compress import Backward, attacking, is_quantized
 from coldforge.evaluate.binarization import surface_points
 from coldforge.evaluate.masking_checks import SMALLEST_SHARE, allowed, check, percent
 from coldforge.records import MaskingCheckRecord
@@ -278,7 +278,7 @@ def _transferred(network: nn.Module, task: Task, surrogates: Mapping[str, nn.Mod
     network is quantized, on its float twin. None where there is no other.
     """
     sources: list[tuple[nn.Module, Backward]] = [(other, "pass_through") for other in surrogates.values()]
-    if any(isinstance(module, ActivationQuantizer) for module in network.modules()):
+    if is_quantized(network):
         sources.append((copy.deepcopy(network), "unrounded"))
     if not sources:
         return None

@@ -13,7 +13,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from coldforge.attacks import Attack, Classifier, Judge, Tiles, parse_attack, predict, untouched
-from coldforge.compress import ActivationQuantizer, Backward, attacking
+from coldforge.compress import Backward, attacking, is_quantized
 from coldforge.errors import AttackError
 from coldforge.evaluate.fast import Precision, fast_copy
 
@@ -66,7 +66,7 @@ class Target:
     @property
     def quantized(self) -> bool:
         """Whether gradients must be passed through rounding."""
-        return self.network is not None and any(isinstance(m, ActivationQuantizer) for m in self.network.modules())
+        return self.network is not None and is_quantized(self.network)
 
     def answers(self, images: Tensor) -> Tensor:
         """The labels that count, ``(N,)``."""

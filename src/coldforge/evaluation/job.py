@@ -11,7 +11,7 @@ import torch
 
 from coldforge._version import __version__
 from coldforge.assemble import check_writable
-from coldforge.attacks import TILE, Attack, as_parts, predict
+from coldforge.attacks import TILE, WITH_GRADIENT, as_parts, predict
 from coldforge.errors import StoreError, UsageError
 from coldforge.evaluate import WORST_CASE, Ledger, Precision, evaluate, masking_panel, summarize, wilson_interval
 from coldforge.evaluation.request import Request
@@ -20,8 +20,8 @@ from coldforge.models import torch_threads
 from coldforge.progress import Progress, Step
 from coldforge.provenance import has_bf16, physical_cores, provenance, versions
 from coldforge.records import AttackedRecord, EvaluationRecord, MaskingRecord, ThreatModelRecord
+from coldforge.sealed import write_atomic
 from coldforge.spec import spec_hash
-from coldforge.store import write_atomic
 
 RECORD, LEDGER = "evaluation.json", "ledger.parquet"
 ATTACKING, CHECKING = "attack", "masking checks"
@@ -177,8 +177,6 @@ def _key(subject: Subject, request: Request, resolved: list[object]) -> str:
 
 # --- the plan --------------------------------------------------------------------------------------------------------
 
-_BACKWARD = 3.0
-"""Time of a pass that also gives gradients, in forward passes."""
 _STANDING = 0.6
 """Part of the images that are attacked to the end, roughly."""
 _PANEL_PASSES = (1500.0, 1100.0)
@@ -189,20 +187,15 @@ def _plan(subject: Subject, request: Request, n: int, budget_s: float) -> list[S
     seconds = _pass_seconds(subject)
     ways = 2 if subject.target.quantized else 1
     classes = len(subject.data.classes)
-    passes = sum(_passes(part, classes) for attack in subject.attacks for part in as_parts(attack))
+    passes = sum(part.passes(classes) for attack in subject.attacks for part in as_parts(attack))
     attacking = seconds * (len(subject.data) / TILE + ways * passes * max(_STANDING * n / TILE, 1.0))
     steps = [Step(ATTACKING, min(attacking, budget_s) if budget_s else attacking)]
     if not request.no_masking:
         tiles = max(min(request.masking_n, len(subject.data)) / TILE, 1.0)
         blind, seeing = _PANEL_PASSES
         seeing *= ways if subject.target.network is not None else 0
-        steps.append(Step(CHECKING, _STANDING * seconds * tiles * (blind + _BACKWARD * seeing)))
+        steps.append(Step(CHECKING, _STANDING * seconds * tiles * (blind + WITH_GRADIENT * seeing)))
     return steps
-
-
-def _passes(attack: Attack, classes: int) -> float:
-    """Forward passes of one image that stands, or the time of so many."""
-    return attack.runs(classes) * (attack.steps + 1) * (_BACKWARD if attack.uses_gradients else 1.0)
 
 
 def _pass_seconds(subject: Subject) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from coldforge.models import channels_last, check_classifier, load_weights, mode
 from coldforge.models.checkpoints import SUFFIXES
 from coldforge.recipe import DataSpec, Recipe, ThreatModelSpec, load_recipe
 from coldforge.records import TargetRecord, load_record
+from coldforge.sealed import sha256_of
 
 Kind = Literal["folder", "weights folder", "weights file", "onnx"]
 
@@ -242,7 +242,7 @@ def _from_folder(path: Path, kind: Kind, request: NetworkRequest, data: ImageSet
     return _Network(
         module,
         request.model or structure.source,
-        _sha256(weights),
+        sha256_of(weights),
         weights.stat().st_size,
         weight_bits=bits.weight_bits if bits else 32,
         activation_bits=bits.activation_bits if bits else 32,
@@ -264,7 +264,7 @@ def _from_file(path: Path, request: NetworkRequest, data: ImageSet) -> _Network:
     mean, std = parse_numbers(request.mean, channels, "--mean"), parse_numbers(request.std, channels, "--std")
     bare = model_source(request.model, image_shape=data.image_shape, num_classes=len(data.classes)).build(0)
     load_weights(bare, path, key_prefix=request.key_prefix)
-    return _Network(normalized(bare, mean, std).eval(), request.model, _sha256(path), path.stat().st_size)
+    return _Network(normalized(bare, mean, std).eval(), request.model, sha256_of(path), path.stat().st_size)
 
 
 class _FileAsModule(nn.Module):
@@ -306,7 +306,7 @@ def _record(
 ) -> TargetRecord:
     kinds: dict[Kind, Literal["folder", "checkpoint", "onnx"]] = {"folder": "folder", "onnx": "onnx"}
     if file is not None:
-        sha256, size_bytes = _sha256(file.path), file.path.stat().st_size
+        sha256, size_bytes = sha256_of(file.path), file.path.stat().st_size
         weight_bits = activation_bits = 8 if file.uses_integer_kernels() else 32
     if network is not None:
         weight_bits, activation_bits = network.weight_bits, network.activation_bits
@@ -323,7 +323,3 @@ def _record(
         surrogate=str(request.surrogate) if request.surrogate else "",
         surrogate_sha256=surrogate.sha256 if surrogate else "",
     )
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from coldforge.errors import UsageError
-from coldforge.store import write_atomic
+from coldforge.sealed import write_atomic
 
 _FORMAT = "coldforge-examples-1"
 

@@ -35,7 +35,7 @@ from coldforge.report.table import (
     summary_columns,
     summary_rows,
 )
-from coldforge.store import write_atomic
+from coldforge.sealed import write_atomic
 
 AGREEMENT_FLOOR = 0.995
 """Part of the labels that twin and artifact must share."""

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from coldforge.attacks import Attack, Ensemble, as_parts, parse_attack, parse_pgd, predict
+from coldforge.attacks import as_parts, parse_attack, parse_pgd, predict
 from coldforge.compress import attacking, load_network, weight_bit_widths
 from coldforge.deploy import OnnxSession, agreement, export_onnx, int8_saturates, open_session, write_probe
 from coldforge.evaluate import Precision, Target, find_adversarial, masking_panel, summarize
 from coldforge.evaluate import evaluate as evaluate_network
 from coldforge.measure import count_macs, count_params, energy_per_image, measure_latency, packed_bytes
 from coldforge.provenance import hardware_fingerprint, versions
-from coldforge.stages.shop import Report, Shop, Stage, file_digest, write_json
-from coldforge.store import write_atomic
+from coldforge.sealed import sha256_of, write_atomic
+from coldforge.stages.shop import Report, Shop, Stage, write_json
 
 ONNX_FILE = "model.onnx"
 GALLERY_IMAGES = 8
@@ -63,7 +63,7 @@ def export(shop: Shop, network: Stage, what: str) -> Stage:
                 "requested": plan.requested if plan else 0.0,
                 "achieved": plan.achieved if plan else 0.0,
             },
-            "sha256": file_digest(str(path)),
+            "sha256": sha256_of(path),
         }
         write_json(folder / "result.json", cost)
 
@@ -103,6 +103,8 @@ def evaluate(shop: Shop, network: Stage, what: str, *, parent: Stage, file: Stag
     images = recipe.evaluate.n or len(shop.evaluated)
     macs = shop.dense_macs() if what in ("baseline", "reference") else shop.small_macs()
     broken = 0.3 if "adversarial" not in what and what not in ("artifact", "reference", "control") else 1.0
+    classes = len(shop.evaluated.classes)
+    passes = sum(part.passes(classes) for attack in attacks for part in as_parts(attack))
     spec: list[object] = [
         [attack.describe() for attack in attacks],
         recipe.threat_model,
@@ -119,7 +121,7 @@ def evaluate(shop: Shop, network: Stage, what: str, *, parent: Stage, file: Stag
         inputs,
         build,
         reads="evaluated",
-        macs=broken * images * macs * sum(_passes(attack) for attack in attacks),
+        macs=broken * images * macs * passes,
     )
 
 
@@ -153,16 +155,6 @@ def _session(shop: Shop, file: Stage | None) -> OnnxSession | None:
 
 def _precision(shop: Shop) -> Precision:
     return "bf16" if shop.recipe.compute.precision == "bf16" else "fp32"
-
-
-def _passes(attack: Attack | Ensemble) -> float:
-    """Forward passes of an attack on an image that stands, gradients counted as two more."""
-    parts = as_parts(attack)
-    targets = [getattr(part, "n_targets", 1) if getattr(part, "loss", "") != "ce" else 1 for part in parts]
-    return sum(
-        part.restarts * count * part.steps * (3 if part.uses_gradients else 1)
-        for part, count in zip(parts, targets, strict=True)
-    )
 
 
 def agree(shop: Shop, network: Stage, file: Stage) -> Stage:

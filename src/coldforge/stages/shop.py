@@ -7,7 +7,6 @@ reads, of the data's fingerprint, and of the compute settings that change bits.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from coldforge.measure import count_macs
 from coldforge.models import ModelSource, channels_last
 from coldforge.progress import Progress
 from coldforge.recipe import Recipe
+from coldforge.sealed import sha256_of
 from coldforge.store import Store
 from coldforge.store import key as stage_key
 from coldforge.train import Team
@@ -200,4 +200,4 @@ def read_json(path: Path) -> dict[str, Any]:
 def file_digest(path: str) -> str:
     """SHA-256 of a file; environment variables and ~ are expanded. Empty where there is none."""
     file = Path(os.path.expandvars(path)).expanduser()
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+    return sha256_of(file) if file.is_file() else ""

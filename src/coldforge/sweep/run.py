@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from coldforge.errors import StoreError, UsageError
+from coldforge.sealed import write_atomic
 from coldforge.spec import spec_hash
-from coldforge.store import write_atomic
 from coldforge.sweep.executors import Executor
 from coldforge.sweep.graph import EXCLUSIVE, Graph, Workshop
 from coldforge.sweep.outcome import Outcome, attempt

@@ -14,9 +14,10 @@ from coldforge.models import ModelSource, check_classifier, model_source, torch_
 from coldforge.pipeline import arrow, resolve
 from coldforge.progress import Progress
 from coldforge.records import Record
+from coldforge.sealed import write_atomic
 from coldforge.spec import spec_hash
 from coldforge.stages import Arrow, Shop
-from coldforge.store import Store, write_atomic
+from coldforge.store import Store
 from coldforge.sweep.graph import Task
 from coldforge.sweep.spec import Trial
 

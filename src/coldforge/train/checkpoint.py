@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from coldforge.records import CurvePoint
-from coldforge.store import write_atomic
+from coldforge.sealed import write_atomic
 from coldforge.train.weights import copies
 
 _NOW, _GOOD = "checkpoint.safetensors", "checkpoint-good.safetensors"
