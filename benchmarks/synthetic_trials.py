@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -64,6 +64,10 @@ class Numbers:
             Task(finetune, "finetune", f"finetune {rate:g}", (prune,), macs=10.0),
             Task(spec_hash("evaluate", finetune), "evaluate", f"evaluate {rate:g}", (finetune,), macs=2.0),
         ]
+
+    def use(self, tasks: Iterable[Task]) -> None:
+        """Keep them from being pruned."""
+        self._store.use((task.kind, task.key) for task in tasks)
 
     def has(self, task: Task) -> bool:
         """Whether the store holds it."""
@@ -127,6 +131,9 @@ def multiply(products: int) -> None:
 
 class Nothing(Numbers):
     """The same stages, made by nobody and kept nowhere: what is left is the conductor."""
+
+    def use(self, tasks: Iterable[Task]) -> None:
+        """There is nothing to keep."""
 
     def has(self, task: Task) -> bool:
         """Never."""

@@ -66,7 +66,7 @@ def test_key_depends_on_every_part():
         key("prune", 1, [PruneSpec(), PruneSpec()]),
     ]
     assert len(set(variants)) == len(variants)
-    assert key("prune", 1, PruneSpec(), ["up"]) == Store.key("prune", 1, PruneSpec(), ("up",)) == variants[0]
+    assert key("prune", 1, PruneSpec(), ["up"]) == key("prune", 1, PruneSpec(), ("up",)) == variants[0]
     nested = [[{"a": (PruneSpec(), 1)}]]
     assert key("prune", 1, nested) == key("prune", 1, [[{"a": [PruneSpec().model_dump(mode="json"), 1]}]])
     assert len(KEY) == 64

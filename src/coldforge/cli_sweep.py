@@ -64,25 +64,27 @@ def sweep(
     from coldforge.console_sweep import SweepListener, print_plan, print_sweep
     from coldforge.report.sweep import draw_sweep
     from coldforge.store import Store
-    from coldforge.sweep import RecipeWorkshop, conduct, expand, load_sweep, make_executor, survey
+    from coldforge.sweep import RecipeWorkshop, alone_in, conduct, expand, load_sweep, make_executor, survey
     from coldforge.sweep.plan import plan_of
     from coldforge.sweep.table import load_results, write_tables
 
     spec = load_sweep(file, overrides=set_, seeds=seeds)
     folder = out or Path(f"sweep-{spec.name}")
-    trials = expand(spec)
     workshop = RecipeWorkshop(Store())
-    state = survey(spec, trials, workshop, folder)
+    trials = [workshop.resolved(trial) for trial in expand(spec)]
     if dry_run:
+        state = survey(spec, trials, workshop, folder)
         plan = plan_of(state, workshop.macs_per_second(trials[0]) if state.done != set(state.graph.tasks) else 1.0)
         print_json(plan.to_dict()) if json else print_plan(plan)
         return 0
     hands = make_executor(executor, workshop, workers=workers, threads=spec.threads, address=address)
-    with SweepListener(slots=hands.slots, quiet=quiet) as listener:
-        conduct(state, workshop, hands, folder, retry_failed=retry_failed, listener=listener)
-    results = load_results(folder)
-    write_tables(results)
-    page = draw_sweep(folder)
+    with alone_in(folder):
+        state = survey(spec, trials, workshop, folder)
+        with SweepListener(slots=hands.slots, quiet=quiet) as listener:
+            conduct(state, workshop, hands, folder, retry_failed=retry_failed, listener=listener)
+        results = load_results(folder)
+        write_tables(results)
+        page = draw_sweep(folder)
     if json:
         print_json({"rows": results.rows, "failed": state.lost, "report": str(page)})
     else:
@@ -98,7 +100,9 @@ def pick(
     max_: Annotated[tuple[str, ...], Parameter(name="--max", show_default=False)] = (),
     minimize: str = "",
     maximize: str = "",
+    rebuild: bool = False,
     json: bool = False,
+    quiet: Annotated[bool, Parameter(alias="-q")] = False,
 ) -> None:
     """Find the trial that answers a question best, and write its whole folder, with the file to ship.
 
@@ -111,22 +115,33 @@ def pick(
         max_: at most, such as bytes=200000; may be repeated.
         minimize: column that is to be small.
         maximize: column that is to be large.
+        rebuild: make again what this store lacks; numbers may then differ from the sweep's.
         json: print the row as JSON.
+        quiet: no progress.
     """
-    from coldforge.console import print_json
+    from rich.console import Console
+
+    from coldforge.console import RichProgress, print_json
     from coldforge.report.folder import draw
     from coldforge.store import Store
     from coldforge.sweep import RecipeWorkshop
     from coldforge.sweep.plan import trial_of
-    from coldforge.sweep.table import load_results
+    from coldforge.sweep.table import flat, load_results
     from coldforge.sweep.table import pick as pick_row
 
     results = load_results(folder)
     row = pick_row(results, least=min_, most=max_, minimize=minimize, maximize=maximize)
     trial = trial_of(folder, row["trial"])
     target = folder / "trials" / trial.id
-    RecipeWorkshop(Store()).write_folder(trial, target)
+    workshop = RecipeWorkshop(Store())
+    if not rebuild:
+        workshop.refuse_missing(trial)
+    with RichProgress(Console(stderr=True), quiet=quiet) as progress:
+        record = workshop.write_folder(trial, target, progress)
     draw(target)
+    artifact = record.stage("artifact")
+    assert artifact is not None
+    row = {**row, **flat(artifact.model_dump(mode="json"))}
     if json:
         print_json({**row, "folder": str(target)})
         return

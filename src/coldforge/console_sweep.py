@@ -20,7 +20,7 @@ from coldforge.console import LINE_EVERY_S, about, print_table
 from coldforge.report import text
 from coldforge.sweep import Listener, State, time_left
 from coldforge.sweep.graph import counts_by_kind
-from coldforge.sweep.plan import Plan
+from coldforge.sweep.plan import Plan, notes_on
 from coldforge.sweep.table import Sweep, over_seeds
 
 _NAMED = 8
@@ -72,6 +72,8 @@ class SweepListener(Listener):
             return
         words = f"{len(state.trials)} trials, {len(state.graph.tasks)} stages, {state.found} of them in the store"
         self._console.print(words, highlight=False)
+        for note in notes_on(state):
+            self._console.print(note, style="yellow", highlight=False, markup=False)
         if self._console.is_terminal:
             self._live = Live(get_renderable=self._drawn, console=self._console, refresh_per_second=4, transient=True)
             self._live.start()
@@ -138,18 +140,25 @@ def print_plan(plan: Plan) -> None:
         sys.stdout.write(f" ({stages} stages)\n" if stages > 1 else "\n")
     for trial, why in plan.failed.items():
         sys.stdout.write(f"failed before: {trial}: {why}\n")
+    for note in plan.notes:
+        sys.stdout.write(f"{note}\n")
     sys.stdout.write(f"{about(plan.seconds_left)} of one worker are left\n")
 
 
 def print_sweep(results: Sweep, state: State, page: Path) -> None:
     """The artifacts, means over seeds, what failed, and what was written."""
     found = [mean for mean in over_seeds(results) if mean.stage.startswith("artifact")]
+    suspect = {
+        (tuple(row[axis] for axis in results.axes), row["label"]): " SUSPECT"
+        for row in results.rows
+        if row.get("masking") == "suspect"
+    }
     rows = [
         (
             *mean.point,
             mean.n,
             _with_spread(mean.mean, mean.spread, "clean_accuracy"),
-            _with_spread(mean.mean, mean.spread, "robust:worst_case"),
+            _with_spread(mean.mean, mean.spread, "robust:worst_case") + suspect.get((mean.point, mean.stage), ""),
             text.size(round(mean.mean["size_bytes"])),
             text.big(mean.mean["macs"]),
         )
@@ -160,6 +169,10 @@ def print_sweep(results: Sweep, state: State, page: Path) -> None:
     for trial in state.trials:
         if trial.id in lost:
             sys.stdout.write(f"failed: {trial.label}: {lost[trial.id]}\n")
+    if lost:
+        sys.stdout.write("--retry-failed tries again what failed\n")
+    if suspect:
+        sys.stdout.write("SUSPECT: the masking panel does not believe this robust accuracy (report.html says why)\n")
     graph = state.graph
     if graph.macs_alone:
         share = graph.macs / graph.macs_alone

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -27,17 +28,18 @@ class Lease:
         self._lock = FileLock(self.file.with_suffix(".lock"), thread_local=False)
         self._names: set[str] = set()
 
-    def add(self, name: str) -> None:
-        """Announce one more name. Does nothing in a folder that cannot be written: nobody can prune there either."""
-        if name in self._names:
+    def add(self, names: Iterable[str]) -> None:
+        """Announce more names. Does nothing in a folder that cannot be written: nobody can prune there either."""
+        new = [name for name in dict.fromkeys(names) if name not in self._names]
+        if not new:
             return
-        self._names.add(name)
+        self._names.update(new)
         with contextlib.suppress(OSError):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             if not self._lock.is_locked:
                 self._lock.acquire(timeout=0)
             with self.file.open("a", encoding="utf-8") as file:
-                file.write(f"{name}\n")
+                file.write("".join(f"{name}\n" for name in new))
 
 
 class Leases:

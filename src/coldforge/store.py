@@ -139,8 +139,6 @@ class Store:
     def __reduce__(self) -> tuple[type[Store], tuple[Path]]:
         return Store, (self.root,)  # a lease belongs to one process
 
-    key = staticmethod(key)
-
     def path(self, kind: str, key: str) -> Path:
         """Where the finished stage stands, or will stand."""
         return self.root / "stages" / kind / key[:_SHORT]
@@ -179,7 +177,7 @@ class Store:
         label = str(describe.get("label", kind))
         final = self.path(kind, key)
         try:
-            self._use(kind, key)
+            self.use([(kind, key)])
             with self._locked(self._name(kind, key), label, progress):
                 if final.exists():
                     problem = find_problem(final, key)
@@ -219,6 +217,16 @@ class Store:
         final.parent.mkdir(parents=True, exist_ok=True)
         os.rename(work, final)
         fsync(final.parent)
+
+    def use(self, stages: Iterable[tuple[str, str]]) -> None:
+        """Keep stages, there or to come, from the :meth:`prune` of other processes as long as this one lives.
+
+        Args:
+            stages: (kind, key) of each.
+        """
+        if self._lease is None or self._lease.pid != os.getpid():
+            self._lease = Lease(self.root / "running")
+        self._lease.add(self._name(kind, key) for kind, key in stages)
 
     def entries(self) -> list[Entry]:
         """All finished stages, by kind and time; unreadable ones have a ``problem``."""
@@ -354,12 +362,6 @@ class Store:
         folder = self.root / "locks"
         folder.mkdir(parents=True, exist_ok=True)
         return FileLock(folder / f"{name}.lock")
-
-    def _use(self, kind: str, key: str) -> None:
-        """Tell other processes' prune() that this one uses the stage."""
-        if self._lease is None or self._lease.pid != os.getpid():
-            self._lease = Lease(self.root / "running")
-        self._lease.add(self._name(kind, key))
 
     def _disk_trouble(self, error: OSError) -> bool:
         """Whether an error is about the store's own disk, and not about, say, a data file that build() reads."""

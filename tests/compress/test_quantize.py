@@ -247,7 +247,7 @@ def test_first_and_last_layer_and_the_image_keep_edge_bits(make: Build) -> None:
     assert [name for name, layer in layers(network).items() if layer.bits == 6] == ["network.conv1", "network.linear"]
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_option_a_shortcuts_stay_exact(bits: int) -> None:
     model = normalized(resnet20(), MEAN, STD)
     network = insert_quantizers(model, spec(bits))

@@ -18,13 +18,25 @@ from types import SimpleNamespace
 import pytest
 from toy import ToyWorkshop
 
-from coldforge.errors import RecipeError, UsageError
+from coldforge.errors import RecipeError, StoreError, UsageError
 from coldforge.records import Record, load_record
 from coldforge.spec import spec_hash
-from coldforge.sweep import Listener, State, SweepSpec, conduct, expand, load_sweep, make_executor, survey, time_left
+from coldforge.sweep import (
+    Listener,
+    State,
+    SweepSpec,
+    alone_in,
+    conduct,
+    executors,
+    expand,
+    load_sweep,
+    make_executor,
+    survey,
+    time_left,
+)
 from coldforge.sweep.graph import Task
 from coldforge.sweep.outcome import MOST_LOSSES
-from coldforge.sweep.plan import plan_of, trial_of
+from coldforge.sweep.plan import notes_on, plan_of, trial_of
 from coldforge.sweep.table import load_results, over_seeds, pick, write_tables
 
 RAY = pytest.param(
@@ -115,14 +127,17 @@ def test_keys_may_be_written_without_quotes(tmp_path):
         finetune.epochs = 7
         [axes]
         bits = [{ label = "low", quantize.weight_bits = 2 }, { label = "high", quantize.weight_bits = 8 }]
+        prune.ratio = { from = 0.25, to = 0.5, step = 0.25 }
+        prune.importance = ["l2"]
         [[exclude]]
         quantize.weight_bits = 8
     """
     (tmp_path / "x.toml").write_text(text, encoding="utf-8")
-    (trial,) = expand(load_sweep(tmp_path / "x.toml", overrides=["finetune.lr=0.5", "evaluate.n=9"]))
+    trial, other = expand(load_sweep(tmp_path / "x.toml", overrides=["finetune.lr=0.5", "evaluate.n=9"]))
     finetune = trial.recipe.finetune
     assert (trial.point["bits"], trial.recipe.quantize.weight_bits, trial.recipe.evaluate.n) == ("low", 2, 9)
     assert (finetune.epochs, finetune.lr, finetune.batch_size) == (7, 0.5, 32), "the rest is the preset's"
+    assert (trial.recipe.prune.ratio, other.recipe.prune.ratio, other.recipe.prune.importance) == (0.25, 0.5, "l2")
     with pytest.raises(RecipeError, match="expected key=value"):
         load_sweep(tmp_path / "x.toml", overrides=["finetune.lr"])
 
@@ -142,12 +157,31 @@ def test_names_decide_nothing():
             {"exclude": [{"prune.ration": 0.5}]},
             r"exclude: expected axes, .* 'prune.ration'; did you mean 'prune.ratio'",
         ),
-        ({"set": {"compute.devices": 2}}, r"compute\.devices, .*: expected 1 in a sweep"),
+        ({"exclude": [{"prune.ratio": 0.7}]}, r"expected values that prune.ratio takes \(0.1, 0.3, 0.5\), got 0.7"),
+        ({"recipe": {"compute": {"devices": 2}}}, r"compute\.devices, .*: expected 1 in a sweep"),
+        (
+            {
+                "axes": {},
+                "grid": [{"axes": {"prune.ratio": [0.5]}, "set": {"finetune.epochs": epochs}} for epochs in (3, 9)],
+            },
+            "two trials are called prune.ratio=0.5 .*their results would be taken for those of two seeds",
+        ),
+        (
+            {"axes": {"bits": [{"label": "8", "quantize.weight_bits": bits} for bits in (8, 4)]}},
+            "two trials are called bits=8 seed=0",
+        ),
     ],
 )
 def test_trials_that_cannot_be(changes, message):
     with pytest.raises(RecipeError, match=message):
         expand(spec(**changes))
+
+
+def test_an_exclusion_may_name_a_list_as_a_whole():
+    axes = {"evaluate.attacks": [["fgsm"], ["fgsm", "pgd-20"]]}
+    trials = expand(spec(axes=axes, seeds=[0], exclude=[{"evaluate.attacks": ["fgsm", "pgd-20"]}]))
+    assert [trial.recipe.evaluate.attacks for trial in trials] == [("fgsm",)]
+    assert len(expand(spec(seeds=[0], exclude=[{"seed": 1}]))) == TRIALS / 2, "a seed that this call leaves out"
 
 
 @pytest.mark.parametrize(
@@ -159,12 +193,18 @@ def test_trials_that_cannot_be(changes, message):
         ('axes."prune.ratio" = { from = 0.1 }', "expected a list of values"),
         ('axes."prune.ratio" = { from = 0.5, to = 0.1, step = 0.1 }', "expected a step above 0 and to >= from"),
         ("seeds = []", "seeds: .*at least 1 item"),
+        ("set.seed = 7", "seed cannot be set in a sweep; use seeds, or --seeds"),
+        ("axes.seed = [1, 2]", "axes: seed cannot be set in a sweep"),
+        ("set.compute.threads = 4", "compute.threads cannot be set in a sweep; use threads"),
+        ("set.compute.devices = 2", "compute.devices cannot be set in a sweep; use `coldforge run`"),
+        ('axes.x = [{ label = "a", "seed" = 1 }]', "seed cannot be set in a sweep"),
+        ('axes.weight_bits = [{ label = "8", "quantize.weight_bits" = 8 }]', "an axis cannot be called weight_bits"),
     ],
 )
 def test_files_that_cannot_be_read(text, message, tmp_path):
     (tmp_path / "x.toml").write_text(text, encoding="utf-8")
-    with pytest.raises((RecipeError, ValueError), match=message):
-        expand(load_sweep(tmp_path / "x.toml"))
+    with pytest.raises(RecipeError, match=message):
+        load_sweep(tmp_path / "x.toml")
     with pytest.raises(RecipeError, match="found nothing at"):
         load_sweep(tmp_path / "y.toml")
 
@@ -311,6 +351,30 @@ def test_other_settings_take_the_folder_over(tmp_path, record):
     assert (found.trials, found.failures) == (1, ())
 
 
+def test_another_recipe_behind_the_same_file_is_another_sweep(tmp_path, record, monkeypatch):
+    """Its trials must not be averaged with the old ones as if they were seeds; and they can be found again."""
+    base, file = tmp_path / "base.toml", tmp_path / "toy.toml"
+    file.write_text('recipe = "base.toml"\nseeds = [0]\naxes.prune.ratio = [0.1, 0.5]\n', encoding="utf-8")
+
+    def go(seed, epochs, here):
+        base.write_text(f"[finetune]\nepochs = {epochs}\n", encoding="utf-8")
+        monkeypatch.chdir(here)
+        given = load_sweep(os.path.relpath(file), seeds=[seed])
+        state = run(tmp_path, record, given=given)
+        found = load_results(tmp_path / "out")
+        return notes_on(state), found.seeds, sorted({mean.n for mean in over_seeds(found)})
+
+    (tmp_path / "elsewhere").mkdir()
+    assert go(0, 3, tmp_path) == ([], (0,), [1])
+    assert go(1, 3, tmp_path / "elsewhere") == ([], (0, 1), [2]), "a path, seen from elsewhere, is the same path"
+    notes, *found = go(1, 9, tmp_path)
+    assert found == [(1,), [1]]
+    assert notes == [next(note for note in notes if "leave the table: 4;" in note)]
+    base.write_text("[finetune]\nepochs = 1\n", encoding="utf-8")
+    for trial in load_results(tmp_path / "out").finished:
+        assert trial_of(tmp_path / "out", trial).recipe.finetune.epochs == 9
+
+
 class Renewed(ToyWorkshop):
     """After a change of the code that makes leaves."""
 
@@ -336,9 +400,97 @@ def test_records_of_stages_that_are_made_anew_are_written_anew(made_before, tmp_
         again(tmp_path / "elsewhere")
     again(tmp_path / "out")
     after = records(tmp_path)
+    assert len(survey(spec(), expand(spec()), renewed, tmp_path / "out").finished) == TRIALS
     assert after.keys() == before.keys()
     assert all(after[name] != before[name] for name in before)
     assert len(survey(spec(), expand(spec()), renewed, tmp_path / "out").finished) == TRIALS
+
+
+def test_a_record_stands_until_there_is_a_new_one(tmp_path, record):
+    """After an update, Ctrl-C must not leave a sweep without results; and none of the old ones counts as new."""
+    run(tmp_path, record)
+    before, renewed = records(tmp_path), Renewed(tmp_path / "store", record)
+
+    class Impatient(Listener):
+        def changed(self, state):
+            if len(state.finished) == 3:
+                raise KeyboardInterrupt
+
+    def again(listener):
+        state = survey(spec(), expand(spec()), renewed, tmp_path / "out")
+        hands = make_executor("serial", renewed, workers=1, threads=1)
+        conduct(state, renewed, hands, tmp_path / "out", listener=listener)
+        return state
+
+    assert "made anew: 12;" in notes_on(survey(spec(), expand(spec()), renewed, tmp_path / "out"))[0]
+    with pytest.raises(KeyboardInterrupt):
+        again(Impatient())
+    between = records(tmp_path)
+    assert sum(between[name] != before[name] for name in before) == 3
+    assert len(survey(spec(), expand(spec()), renewed, tmp_path / "out").finished) == 3
+    assert len(again(Listener()).finished) == TRIALS
+    assert all(after != before[name] for name, after in records(tmp_path).items())
+
+
+def test_a_full_disk_stops_the_sweep_and_is_no_failure_of_a_stage(tmp_path, record):
+    class Full(ToyWorkshop):
+        def make(self, trial, key):
+            raise StoreError("cannot write to the store: no space left on device")
+
+    full = Full(tmp_path / "store", record)
+    state = survey(spec(), expand(spec()), full, tmp_path / "out")
+    hands = make_executor("serial", full, workers=1, threads=1)
+    with pytest.raises(StoreError, match="no space left"):
+        conduct(state, full, hands, tmp_path / "out", listener=Listener())
+    assert len(run(tmp_path, record).finished) == TRIALS, "the same call continues"
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path, record, monkeypatch):
+    def refuse(self, trial, path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(ToyWorkshop, "finish", refuse)
+    with pytest.raises(StoreError, match=r"cannot write the sweep into .*: Permission denied"):
+        run(tmp_path, record)
+
+
+def test_two_sweeps_do_not_write_into_one_folder(tmp_path):
+    with alone_in(tmp_path / "out"):
+        again = alone_in(tmp_path / "out")
+        with pytest.raises(UsageError, match=r"another sweep is at work in .*name another folder"):
+            again.__enter__()
+        with alone_in(tmp_path / "other"):
+            pass
+    with alone_in(tmp_path / "out"):
+        pass
+
+
+def test_nobody_deletes_what_a_sweep_is_about_to_read(tmp_path, record):
+    run(tmp_path, record)
+    shutil.rmtree(tmp_path / "out")  # nothing is registered by the toy; only the sweep's process keeps its stages
+    workshop = ToyWorkshop(tmp_path / "store", record)
+    other = "import sys; from coldforge.store import Store; print(len(Store(sys.argv[1]).prune(dry_run=True).entries))"
+    ask = [sys.executable, "-c", other, str(tmp_path / "store")]
+    survey(spec(seeds=(0,)), expand(spec(seeds=(0,))), workshop, tmp_path / "out")
+    assert int(subprocess.run(ask, check=True, capture_output=True, text=True).stdout) == 0 + 1 + 3 + 6 + 6
+
+
+def test_workers_are_as_many_as_there_is_room_for(tmp_path, record, monkeypatch):
+    workshop = ToyWorkshop(tmp_path / "store", record)
+    monkeypatch.setattr("coldforge.sweep.executors.physical_cores", lambda: 6)
+    assert [make_executor("process", workshop, workers=0, threads=each).slots for each in (1, 4, 9)] == [6, 1, 1]
+    with pytest.raises(UsageError, match="--workers: expected 1 or more"):
+        make_executor("process", workshop, workers=-1, threads=1)
+
+
+@pytest.mark.parametrize(("workers", "pinned"), [(2, [{2}, {3}]), (1, [None])])
+def test_workers_are_pinned_only_where_they_take_all_processors(workers, pinned, monkeypatch):
+    chosen: list[object] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {2, 3}, raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, share: chosen.append(set(share)), raising=False)
+    for number in range(workers):
+        executors._pin(number, 1, workers)
+    assert chosen == [share for share in pinned if share is not None]
 
 
 @pytest.mark.parametrize(("deaths", "fine"), [(MOST_LOSSES - 1, True), (MOST_LOSSES, False)])
@@ -504,4 +656,4 @@ def test_time_left_does_not_take_seconds_for_multiply_adds():
     assert time_left(state, 1) is None
     state.spent["train", True] = (100.0, 2e12)
     assert time_left(state, 1) == pytest.approx(50 + 2 * 10)
-    assert time_left(state, 2) == pytest.approx(35)
+    assert time_left(state, 2) == pytest.approx(50 / 2 + 2 * 10), "what is timed runs alone"

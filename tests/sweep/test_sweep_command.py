@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from coldforge.cli import main
 from coldforge.measure import energy_per_image
 from coldforge.records import load_record
 from coldforge.stages import evidence
+from coldforge.sweep import alone_in
 
 SWEEP = """
 name = "tiny"
@@ -103,6 +105,48 @@ def test_picking_writes_a_folder_to_ship(swept, capsys):
     assert (Path(row["folder"]) / "report.html").is_file()
     assert main(["pick", str(folder / "out"), "--min", "robust=1.1", "--minimize", "bytes"]) == 2
     assert "no trial has robust of at least 1.1" in capsys.readouterr().err
+
+
+def test_picking_does_not_make_another_network_in_silence(swept, capsys, monkeypatch, tmp_path):
+    folder, _ = swept
+    monkeypatch.setenv("COLDFORGE_HOME", str(tmp_path / "empty"))
+    words = ["pick", str(folder / "out"), "--minimize", "bytes"]
+    assert main(words) == 2
+    said = re.search(
+        r"lacks (\d+) of the (\d+) stages of this trial, such as 'baseline: train'", capsys.readouterr().err
+    )
+    assert said is not None
+    assert said[1] == said[2]
+    assert main([*words, "--rebuild"]) == 0
+    said = capsys.readouterr()
+    assert "baseline: train" in said.err, "its progress"
+    assert "robust:worst_case" in said.out
+
+
+def test_a_sweep_at_work_keeps_others_out_of_its_folder(swept, capsys):
+    folder, words = swept
+    with alone_in(folder / "out"):
+        assert main(words) == 2
+        assert "another sweep is at work" in capsys.readouterr().err
+        assert main([*words, "--dry-run"]) == 0
+
+
+def test_a_suspect_number_is_never_printed_without_its_flag(swept, capsys, monkeypatch):
+    folder, words = swept
+    paths = (folder / "out" / "records").glob("[!.]*.json")
+    before = {path: path.read_text(encoding="utf-8") for path in paths}
+    try:
+        for path, content in before.items():
+            record = json.loads(content)
+            record["stages"][-1]["masking"]["verdict"] = "suspect"
+            path.write_text(json.dumps(record), encoding="utf-8")
+        assert main(words) == 0
+        out = capsys.readouterr().out
+        assert out.count("SUSPECT") == 2 + 1
+        assert "does not believe" in out
+    finally:
+        for path, content in before.items():
+            path.write_text(content, encoding="utf-8")
 
 
 def test_a_file_that_is_not_there(capsys):

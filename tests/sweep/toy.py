@@ -42,6 +42,9 @@ class ToyWorkshop:
             Task(spec_hash("measure", leaf), "measure", f"measure {ratio:g} {bits}", (leaf,), seconds=0.1),
         ]
 
+    def use(self, tasks):
+        self.store.use((task.kind, task.key) for task in tasks)
+
     def has(self, task):
         return self.store.has(task.kind, task.key)
 

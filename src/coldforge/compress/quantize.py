@@ -149,6 +149,8 @@ def _replace_layers(network: fx.GraphModule, spec: QuantizeSpec) -> None:
         if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
             raise TraceError(f"layer {name!r}: expected padding_mode 'zeros' to quantize, got {layer.padding_mode!r}")
         bits = max(spec.weight_bits, spec.edge_bits) if node in edges else spec.weight_bits
+        if not layer.weight.requires_grad:  # such as a shortcut of zeros and ones: of 1 bit it would have no zeros
+            bits = max(bits, 2)
         replacement = QuantizedLayer(layer, bits, quantizer)
         if not spec.learned_steps:
             replacement.weight_step.requires_grad_(False)

@@ -3,7 +3,7 @@
 from coldforge.sweep.executors import Executor, make_executor
 from coldforge.sweep.graph import Graph, Task, Workshop
 from coldforge.sweep.outcome import Outcome
-from coldforge.sweep.run import Failure, Listener, State, conduct, survey, time_left
+from coldforge.sweep.run import Failure, Listener, State, alone_in, conduct, survey, time_left
 from coldforge.sweep.spec import SweepSpec, Trial, expand, load_sweep
 from coldforge.sweep.workshop import RecipeWorkshop
 
@@ -19,6 +19,7 @@ __all__ = [
     "Task",
     "Trial",
     "Workshop",
+    "alone_in",
     "conduct",
     "expand",
     "load_sweep",

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 from coldforge.errors import UsageError
+from coldforge.provenance import physical_cores
 from coldforge.sweep.graph import Workshop
 from coldforge.sweep.outcome import MOST_LOSSES, Outcome, attempt
 from coldforge.sweep.spec import Trial
@@ -153,7 +154,7 @@ class Processes:
     def _start(self, number: int) -> _Worker:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(
-            target=_work, args=(theirs, self._workshop, number, self._threads, os.getpid()), daemon=True
+            target=_work, args=(theirs, self._workshop, number, self._threads, self.slots, os.getpid()), daemon=True
         )
         process.start()
         theirs.close()
@@ -167,11 +168,11 @@ class _Worker:
     task: tuple[Trial, str] | None = None
 
 
-def _work(pipe: Connection, workshop: Workshop, number: int, threads: int, parent: int) -> None:
+def _work(pipe: Connection, workshop: Workshop, number: int, threads: int, workers: int, parent: int) -> None:
     """A worker's life: tasks until the pipe closes. Ctrl-C is the parent's business; without a parent it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    _pin(number, threads)
+    _pin(number, threads, workers)
     while True:
         try:
             trial, key = pipe.recv()
@@ -186,12 +187,16 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _pin(number: int, threads: int) -> None:
-    """Keep a worker to its share of the processors, where the system can do that."""
+def _pin(number: int, threads: int, workers: int) -> None:
+    """Keep a worker to its share of the processors, where the system can do that and the workers take all of them: with
+    fewer, two sweeps would sit on the same ones.
+    """
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if not hasattr(os, "sched_setaffinity"):
         return
     processors = sorted(os.sched_getaffinity(0))
+    if workers * threads < len(processors):
+        return
     first = number * threads % len(processors)
     share = (processors * 2)[first : first + threads]
     with contextlib.suppress(OSError):
@@ -209,12 +214,14 @@ def make_executor(name: str, workshop: Workshop, *, workers: int, threads: int, 
         address: of a Ray cluster; empty starts a local one.
 
     Raises:
-        UsageError: another name, or Ray is not installed.
+        UsageError: another name, a number of workers below 0, or Ray is not installed.
     """
+    if workers < 0:
+        raise UsageError(f"--workers: expected 1 or more, or 0 for as many as there is room for, got {workers}")
     if name == "serial":
         return Serial(workshop)
     if name == "process":
-        workers = workers or max(len(os.sched_getaffinity(0)) // threads, 1)
+        workers = workers or max(physical_cores() // threads, 1)
         return Processes(workshop, workers=workers, threads=threads)
     if name == "ray":
         from coldforge.sweep.ray_executor import RayExecutor

@@ -33,6 +33,9 @@ class Workshop(Protocol):
     def tasks(self, trial: Trial) -> Sequence[Task]:
         """The stages of a trial, in an order in which they can be made."""
 
+    def use(self, tasks: Iterable[Task]) -> None:
+        """Say that these are needed as long as this process lives: nobody may delete them from under it."""
+
     def has(self, task: Task) -> bool:
         """Whether the stage was made before."""
 

@@ -6,7 +6,7 @@ import time
 import traceback
 from dataclasses import dataclass
 
-from coldforge.errors import ColdforgeError
+from coldforge.errors import ColdforgeError, StoreError
 from coldforge.sweep.graph import Workshop
 from coldforge.sweep.spec import Trial
 
@@ -24,6 +24,8 @@ class Outcome:
     """One line for people; empty where it was made."""
     details: str = ""
     """The traceback."""
+    hopeless: bool = False
+    """Whether nothing else can be made either: the store cannot be written."""
 
 
 def attempt(workshop: Workshop, trial: Trial, key: str) -> Outcome:
@@ -32,7 +34,8 @@ def attempt(workshop: Workshop, trial: Trial, key: str) -> Outcome:
     try:
         workshop.make(trial, key)
     except ColdforgeError as error:
-        return Outcome(key, time.monotonic() - begin, str(error), traceback.format_exc())
+        hopeless = isinstance(error, StoreError)
+        return Outcome(key, time.monotonic() - begin, str(error), traceback.format_exc(), hopeless)
     except Exception as error:
         return Outcome(key, time.monotonic() - begin, f"{type(error).__name__}: {error}", traceback.format_exc())
     return Outcome(key, time.monotonic() - begin)

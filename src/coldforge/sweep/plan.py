@@ -34,6 +34,8 @@ class Plan:
     """Multiply-adds without sharing."""
     seconds_left: float
     """Of one worker, from the measured throughput."""
+    notes: tuple[str, ...]
+    """What becomes of the results that are in the folder already."""
     shared: tuple[tuple[str, int, int], ...]
     """The stages that most trials share: label, number of trials, and how many stages of that label they share so."""
 
@@ -63,19 +65,38 @@ def plan_of(state: State, macs_per_second: float) -> Plan:
         macs=graph.macs,
         macs_alone=graph.macs_alone,
         seconds_left=sum(task.macs / macs_per_second + task.seconds for task in left),
+        notes=tuple(notes_on(state)),
         shared=tuple((label, count, alike[label, count]) for label, count in most),
     )
+
+
+def notes_on(state: State) -> list[str]:
+    """What becomes of the results that are in the folder already, a sentence each."""
+    found = []
+    if state.dropped:
+        found.append(
+            f"trials of an earlier sweep that leave the table: {state.dropped}; its recipe or its file was another, "
+            "their records stay in records/"
+        )
+    if state.stale:
+        found.append(
+            f"records that are made anew: {len(state.stale)}; they are of other data, of other versions or of another "
+            "machine, and stand until the new ones are there"
+        )
+    return found
 
 
 def trial_of(folder: Path, name: str) -> Trial:
     """One trial of a sweep's folder, with its recipe.
 
     Raises:
-        UsageError: the folder does not hold it (any more).
+        UsageError: the folder does not hold it.
     """
     content = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
     written = {key: value for key, value in content.items() if key not in ADDED}
+    if "base" in content:  # the recipe as it was: the file of it may have changed, or lie elsewhere
+        written |= {"recipe": content["base"], "set": {}}
     for trial in expand(SweepSpec.model_validate(written)):
         if trial.id == name:
             return trial
-    raise UsageError(f"{folder}: expected the trial {name}, found none; the sweep's recipe file has changed")
+    raise UsageError(f"{folder}: expected the trial {name}, found none; it is of an earlier sweep")

@@ -9,6 +9,7 @@ import uuid
 from typing import Any
 
 from coldforge.errors import UsageError
+from coldforge.provenance import physical_cores
 from coldforge.sweep.graph import Workshop
 from coldforge.sweep.outcome import MOST_LOSSES, Outcome, attempt
 from coldforge.sweep.spec import Trial
@@ -35,7 +36,7 @@ class RayExecutor:
         address: of an existing cluster, such as "auto" or "ray://host:10001"; empty starts a local one for this run.
 
     Raises:
-        UsageError: Ray is not installed.
+        UsageError: Ray is not installed; when work begins, that no machine of the cluster has room for a task.
     """
 
     def __init__(self, workshop: Workshop, *, workers: int, threads: int, address: str = "") -> None:
@@ -55,8 +56,12 @@ class RayExecutor:
         """How many tasks it works on at a time."""
         if not self._workers:
             self._connect()
-            self._workers = max(int(self._ray.cluster_resources().get("CPU", 1)) // self._threads, 1)
+            self._workers = sum(room // self._threads for room in self._rooms())
         return self._workers
+
+    def _rooms(self) -> list[int]:
+        """Processors of each machine."""
+        return [int(node["Resources"].get("CPU", 0)) for node in self._ray.nodes() if node["Alive"]]
 
     def _connect(self) -> None:
         """Join or start the cluster, when there is something to do: that takes seconds."""
@@ -65,10 +70,16 @@ class RayExecutor:
         self._ours = not self._ray.is_initialized()
         if self._ours:
             paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # the user's own architectures are there
-            processors = self._workers * self._threads or len(os.sched_getaffinity(0))
+            processors = self._workers * self._threads or max(physical_cores(), self._threads)
+            os.environ.setdefault("RAY_task_oom_retries", str(MOST_LOSSES - 1))  # of its own accord: without end
             local = {"num_cpus": processors, "include_dashboard": False, "runtime_env": {"env_vars": paths}}
             where = {"address": self._address} if self._address else local
             self._ray.init(log_to_driver=False, configure_logging=False, **where)
+        if self._threads > (most := max(self._rooms(), default=0)):
+            raise UsageError(
+                f"threads: expected at most {most}, the processors of the largest machine of the Ray cluster, got "
+                f"{self._threads}: no task would ever begin"
+            )
         self._sweep, self._workshop = uuid.uuid4().hex, [self._ray.put(self._made_by)]
         self._attempt = self._ray.remote(num_cpus=self._threads, max_retries=MOST_LOSSES - 1)(_attempt)
 

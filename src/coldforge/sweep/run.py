@@ -15,10 +15,13 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from coldforge.errors import StoreError, UsageError
 from coldforge.sealed import write_atomic
@@ -26,10 +29,10 @@ from coldforge.spec import spec_hash
 from coldforge.sweep.executors import Executor
 from coldforge.sweep.graph import EXCLUSIVE, Graph, Workshop
 from coldforge.sweep.outcome import Outcome, attempt
-from coldforge.sweep.spec import SweepSpec, Trial
+from coldforge.sweep.spec import SweepSpec, Trial, base_of
 
 SWEEP, RECORDS, FAILURES = "sweep.json", "records", "failures.json"
-ADDED = ("trials", "stages")
+ADDED = ("base", "trials", "stages")
 """Keys of ``sweep.json`` that are not of the sweep's file."""
 
 
@@ -58,8 +61,13 @@ class State:
     failures: dict[str, Failure] = field(default_factory=dict)
     elsewhere: dict[str, Failure] = field(default_factory=dict)
     """Failures of trials that this call leaves out, such as those of other seeds."""
-    before: dict[str, Any] = field(default_factory=dict)
-    """The file of the sweep's folder as an earlier call left it."""
+    others: list[dict[str, Any]] = field(default_factory=list)
+    """Trials that an earlier call left in the folder, of other seeds, as they stand in ``sweep.json``."""
+    dropped: int = 0
+    """How many trials of an earlier call leave the folder, as they have other settings than these."""
+    stale: dict[str, str] = field(default_factory=dict)
+    """Trials with a record that is made of other stages than theirs, to the digest of those: it stays until there is a
+    new one."""
     running: dict[str, float] = field(default_factory=dict)
     """Stage to when it was handed out."""
     finished: set[str] = field(default_factory=set)
@@ -95,40 +103,79 @@ class Listener:
         """A stage was begun, made or failed, or a trial finished."""
 
 
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Keep every other sweep out of a folder: each writes what it knows, and nothing of the other.
+
+    Raises:
+        UsageError: another sweep is at work there.
+        StoreError: the folder cannot be written.
+    """
+    with _writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UsageError(
+                f"another sweep is at work in {out}; wait for it, or name another folder with --out: they share the "
+                "store all the same"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def survey(spec: SweepSpec, trials: Sequence[Trial], workshop: Workshop, out: Path | None = None) -> State:
     """What must be done, what is there, and what failed before; nothing is computed."""
     graph = Graph.of(trials, workshop)
+    workshop.use(graph.tasks.values())
     done = {key for key, task in graph.tasks.items() if workshop.has(task)}
     state = State(spec, trials, graph, done=done, found=len(done))
     if out is not None:
-        state.before = _earlier(out, spec)
-        made_of = {trial["id"]: trial.get("made_of") for trial in state.before.get("trials", ())}
-        others = made_of.keys() - {trial.id for trial in trials}
+        earlier = _earlier(out, spec)
+        ours = {trial.id for trial in trials}
+        state.others = [trial for trial in earlier if trial["id"] not in ours and trial["seed"] not in spec.seeds]
+        state.dropped = len(_written(out).get("trials", ())) - sum(trial["id"] in ours for trial in earlier)
+        state.dropped -= len(state.others)
+        others = {trial["id"] for trial in state.others}
         for key, failure in load_failures(out).items():
             if key in graph.tasks:
                 if key not in done:
                     state.failures[key] = failure
             elif failure.trials and others >= set(failure.trials):
                 state.elsewhere[key] = failure
-        state.finished = {
-            trial.id
-            for trial, keys in zip(trials, graph.needed, strict=True)
-            if made_of.get(trial.id) == _made_of(keys) and _record(out, trial).is_file()
-        }
+        made_of = {trial["id"]: str(trial.get("made_of")) for trial in earlier}
+        for trial, keys in zip(trials, graph.needed, strict=True):
+            if _record(out, trial).is_file():
+                if made_of.get(trial.id) == _made_of(keys):
+                    state.finished.add(trial.id)
+                else:
+                    state.stale[trial.id] = made_of.get(trial.id, "")
     return state
 
 
-def _earlier(out: Path, spec: SweepSpec) -> dict[str, Any]:
-    """The sweep's file as an earlier call left it, perhaps with other seeds; empty where it was another sweep."""
+def _written(out: Path) -> dict[str, Any]:
+    """The sweep's file as an earlier call left it."""
     path = out / SWEEP
-    if not path.is_file():
-        return {}
-    before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if before.get("name") != spec.name:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def _earlier(out: Path, spec: SweepSpec) -> list[dict[str, Any]]:
+    """The trials that an earlier call left, perhaps of other seeds; none where it was another sweep, by its file or by
+    the recipe that the file names.
+    """
+    before = _written(out)
+    if before and before.get("name") != spec.name:
         raise UsageError(f"--out: {out} holds another sweep; name another folder")
-    now = spec.model_dump(mode="json")
-    same = all(before.get(key) == value for key, value in now.items() if key not in ("seeds", "description"))
-    return before if same else {}
+    aside = {"seeds", "description"} | ({"recipe"} if "base" in before else set())  # where that lies, does not matter
+    now = {key: value for key, value in spec.model_dump(mode="json").items() if key not in aside}
+    same = all(before.get(key) == value for key, value in now.items())
+    if same and "base" in before:
+        same = before["base"] == base_of(spec)
+    return list(before["trials"]) if same and before else []
 
 
 def _made_of(keys: Sequence[str]) -> str:
@@ -162,7 +209,11 @@ def conduct(
     if retry_failed:
         state.failures.clear()
     _prepare(state, out)
-    _Conductor(state, workshop, executor, out, listener).run()
+    try:
+        _Conductor(state, workshop, executor, out, listener).run()
+    finally:
+        if state.stale:
+            _write_sweep(state, out)  # which of these records are new now
     return state
 
 
@@ -230,6 +281,8 @@ class _Conductor:
         state, key = self._state, outcome.key
         task = state.graph.tasks[key]
         del state.running[key]
+        if outcome.hopeless:
+            raise StoreError(outcome.error)
         if outcome.error:
             state.failures[key] = Failure(task.label, outcome.error, outcome.details)
             self._failures.changed = True
@@ -251,7 +304,8 @@ class _Conductor:
     def _finish(self, number: int) -> None:
         trial = self._state.trials[number]
         if trial.id not in self._state.finished:
-            self._workshop.finish(trial, _record(self._out, trial))
+            with _writing(self._out):
+                self._workshop.finish(trial, _record(self._out, trial))
             self._state.finished.add(trial.id)
 
 
@@ -261,7 +315,7 @@ def time_left(state: State, slots: int) -> float | None:
     """
     if not state.spent:
         return None
-    total, blocked = 0.0, state.graph.blocked_by(state.failures)
+    beside, alone, blocked = 0.0, 0.0, state.graph.blocked_by(state.failures)
     for key, task in state.graph.tasks.items():
         if key in state.done or key in blocked:
             continue
@@ -271,39 +325,52 @@ def time_left(state: State, slots: int) -> float | None:
         if counted and not known:
             return None
         seconds, work = (sum(column) for column in zip(*known, strict=True)) if known else (1.0, 1.0)
-        total += seconds / work * (task.macs or task.seconds or 1.0)
-    return total / slots
+        takes = seconds / work * (task.macs or task.seconds or 1.0)
+        if task.kind in EXCLUSIVE:
+            alone += takes
+        else:
+            beside += takes
+    return beside / slots + alone
 
 
 # --- the folder ------------------------------------------------------------------------------------------------------
 
 
-def _prepare(state: State, out: Path) -> None:
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
     try:
-        (out / RECORDS).mkdir(parents=True, exist_ok=True)
-        graph = state.graph
-        trials = [
-            {"id": t.id, "label": t.label, "point": dict(t.point), "seed": t.seed, "made_of": _made_of(keys)}
-            for t, keys in zip(state.trials, graph.needed, strict=True)
-        ]
-        for trial in state.trials:
-            if trial.id not in state.finished:  # one that is there is of other stages
-                _record(out, trial).unlink(missing_ok=True)
-        ours = {trial.id for trial in state.trials}
-        others = [trial for trial in state.before.get("trials", ()) if trial["id"] not in ours]
-        stages = {
-            "distinct": len(graph.tasks),
-            "alone": sum(map(len, graph.needed)),
-            "macs": graph.macs,
-            "macs_alone": graph.macs_alone,
-        }
-        content = {**state.spec.model_dump(mode="json"), "trials": [*others, *trials], "stages": stages}
-        content["seeds"] = sorted({trial["seed"] for trial in content["trials"]})
-        write_atomic(out / SWEEP, json.dumps(content, indent=1, default=str) + "\n")
-        if state.failures or (out / FAILURES).exists():
-            _write_failures(out, state)
+        yield
     except OSError as error:
         raise StoreError(f"cannot write the sweep into {out}: {error.strerror or error}") from error
+
+
+def _prepare(state: State, out: Path) -> None:
+    with _writing(out):
+        (out / RECORDS).mkdir(parents=True, exist_ok=True)
+    _write_sweep(state, out)
+    if state.failures or (out / FAILURES).exists():
+        _write_failures(out, state)
+
+
+def _write_sweep(state: State, out: Path) -> None:
+    graph = state.graph
+    trials = []
+    for trial, keys in zip(state.trials, graph.needed, strict=True):
+        old = trial.id in state.stale and trial.id not in state.finished
+        made_of = state.stale[trial.id] if old else _made_of(keys)
+        about = {"id": trial.id, "label": trial.label, "point": dict(trial.point), "seed": trial.seed}
+        trials.append({**about, "made_of": made_of})
+    stages = {
+        "distinct": len(graph.tasks),
+        "alone": sum(map(len, graph.needed)),
+        "macs": graph.macs,
+        "macs_alone": graph.macs_alone,
+    }
+    base = base_of(state.spec)
+    content = {**state.spec.model_dump(mode="json"), "base": base, "trials": [*state.others, *trials], "stages": stages}
+    content["seeds"] = sorted({trial["seed"] for trial in content["trials"]})
+    with _writing(out):
+        write_atomic(out / SWEEP, json.dumps(content, indent=1, default=str) + "\n")
 
 
 def load_failures(out: Path) -> dict[str, Failure]:
@@ -321,7 +388,8 @@ def _write_failures(out: Path, state: State) -> None:
         lost.setdefault(key, []).append(trial)
     ours = {key: {**asdict(failure), "trials": lost.get(key, [])} for key, failure in state.failures.items()}
     content = {**{key: asdict(failure) for key, failure in state.elsewhere.items()}, **ours}
-    write_atomic(out / FAILURES, json.dumps(content, indent=1) + "\n")
+    with _writing(out):
+        write_atomic(out / FAILURES, json.dumps(content, indent=1) + "\n")
 
 
 class _FailureFile:

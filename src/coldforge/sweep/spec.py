@@ -36,10 +36,21 @@ from pydantic import Field, ValidationError, field_validator
 
 from coldforge.errors import RecipeError, nearest
 from coldforge.recipe import Recipe, load_recipe, parse_override
+from coldforge.records import StageRecord
 from coldforge.spec import Spec, spec_hash
 
 _NAMES = {"name", "description"}
 """Keys of a recipe that name it and decide nothing."""
+_ELSEWHERE = {
+    "name": "the sweep's own name",
+    "seed": "seeds, or --seeds",
+    "compute.threads": "threads, beside seeds",
+    "compute.devices": "`coldforge run`, which trains one network on several devices",
+    "compute.num_nodes": "`coldforge run`, which trains one network on several machines",
+}
+"""Keys of a recipe that a sweep sets by itself, to what is to be said in their place."""
+_COLUMNS = {*StageRecord.model_fields, "trial", "masking", "exported", "n_attacked"}
+"""Names that an axis cannot have: columns of the table are called so."""
 _COMPUTE = ("threads", "precision", "compile", "device")
 """Keys of [compute] that a trial is known by; the others are the same in all sweeps."""
 
@@ -56,12 +67,12 @@ class Grid(Spec):
     @field_validator("set", mode="after")
     @classmethod
     def _dotted(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return _flat(value)
+        return _settable(_flat(value))
 
     @field_validator("axes", mode="before")
     @classmethod
     def _ranges(cls, value: object) -> object:
-        return {name: _values(name, item) for name, item in value.items()} if isinstance(value, Mapping) else value
+        return _axes(value)
 
 
 class SweepSpec(Spec):
@@ -79,7 +90,7 @@ class SweepSpec(Spec):
     """Threads of each trial (compute.threads); part of every stage's key, so that all executors give the same bits."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Changes of the recipe that all trials share."""
-    axes: dict[str, Any] = Field(default_factory=dict)
+    axes: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
     """Short for a single grid."""
     grid: tuple[Grid, ...] = ()
     """One or more grids."""
@@ -89,7 +100,12 @@ class SweepSpec(Spec):
     @field_validator("set", mode="after")
     @classmethod
     def _dotted(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return _flat(value)
+        return _settable(_flat(value))
+
+    @field_validator("axes", mode="before")
+    @classmethod
+    def _ranges(cls, value: object) -> object:
+        return _axes(value)
 
     @field_validator("exclude", mode="after")
     @classmethod
@@ -99,7 +115,7 @@ class SweepSpec(Spec):
     @property
     def grids(self) -> tuple[Grid, ...]:
         """All grids; without any axis one with a single point."""
-        short = (Grid.model_validate({"axes": self.axes}),) if self.axes or not self.grid else ()
+        short = (Grid(axes=self.axes),) if self.axes or not self.grid else ()
         return (*short, *self.grid)
 
 
@@ -161,42 +177,56 @@ def load_sweep(path: str | Path, *, overrides: Iterable[str] = (), seeds: Sequen
         raise RecipeError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
+def base_of(spec: SweepSpec) -> dict[str, Any]:
+    """The recipe that the trials of a sweep change, as plain values.
+
+    Raises:
+        RecipeError: there is none, or a key or a value is not valid.
+    """
+    base = load_recipe(spec.recipe, overrides=spec.set).model_dump(mode="json")
+    if base["compute"]["devices"] * base["compute"]["num_nodes"] > 1:
+        raise RecipeError(
+            "compute.devices, compute.num_nodes: expected 1 in a sweep, whose trials are made beside each other; "
+            "`coldforge run` trains one network on several devices"
+        )
+    return {**base, "name": spec.name, "compute": {**base["compute"], "threads": spec.threads}}
+
+
 def expand(spec: SweepSpec) -> list[Trial]:
     """The trials of a sweep, each once, in the order of the grids.
 
     Raises:
         RecipeError: a key or a value is not valid in a recipe, or no trial is left.
     """
-    base = load_recipe(spec.recipe, overrides=spec.set).model_dump(mode="json")
-    base |= {"name": spec.name, "compute": {**base["compute"], "threads": spec.threads}}
+    base = base_of(spec)
     trials: dict[str, Trial] = {}
-    known = {"seed"}
+    taken: dict[object, str] = {}
+    values: dict[str, list[object]] = {"seed": list(spec.seeds)}
     parts: dict[tuple[str, object], object] = {}
     for grid in spec.grids:
         for choice in product(*grid.axes.values()):
             point, settings = _settings(dict(zip(grid.axes, choice, strict=True)))
             settings = {**grid.set, **settings}
-            known |= {*point, *settings}
+            for key, value in {**point, **settings}.items():
+                values.setdefault(key, []).append(value)
             for seed in spec.seeds:
                 everything = {**point, **settings, "seed": seed}
                 if any(_matches(everything, rule) for rule in spec.exclude):
                     continue
                 recipe = load_recipe(base, overrides={**settings, "seed": seed})
-                if recipe.compute.devices * recipe.compute.num_nodes > 1:
-                    raise RecipeError(
-                        "compute.devices, compute.num_nodes: expected 1 in a sweep, whose trials are made beside each "
-                        "other; `coldforge run` trains one network on several devices"
-                    )
                 decides = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in _NAMES}
                 decides["compute"] = {key: decides["compute"][key] for key in _COMPUTE}
                 name = spec_hash(decides)[:12]
                 if name not in trials:
                     trials[name] = Trial(name, point, seed, _sharing(recipe, parts))
-    if strange := sorted({key for rule in spec.exclude for key in rule} - known):
-        raise RecipeError(
-            f"exclude: expected axes, keys that an axis sets, or seed, got {strange[0]!r}; "
-            f"{nearest(strange[0], sorted(known))}"
-        )
+                said = frozenset((axis, say(value)) for axis, value in point.items()), seed
+                if taken.setdefault(said, name) != name:
+                    raise RecipeError(
+                        f"two trials are called {trials[name].label}, and differ all the same: their results would be "
+                        "taken for those of two seeds; add an axis, or another label, that tells them apart"
+                    )
+    for rule in spec.exclude:
+        _refuse_idle(rule, values)
     if not trials:
         raise RecipeError("the sweep has no trials: every combination is excluded")
     return list(trials.values())
@@ -230,10 +260,56 @@ def _flat(table: Mapping[str, Any], within: str = "") -> dict[str, Any]:
 
 
 def _matches(everything: Mapping[str, object], rule: Mapping[str, object]) -> bool:
-    return all(
-        key in everything and everything[key] in (value if isinstance(value, list) else [value])
-        for key, value in rule.items()
-    )
+    return all(key in everything and _is_meant(everything[key], value) for key, value in rule.items())
+
+
+def _is_meant(value: object, rule: object) -> bool:
+    """Whether an exclusion names this value: it is equal, or one of a list."""
+    return value == rule or (isinstance(rule, list) and value in rule)
+
+
+def _refuse_idle(rule: Mapping[str, object], values: Mapping[str, Sequence[object]]) -> None:
+    """An exclusion that can match nothing is a mistake."""
+    for key, value in rule.items():
+        if key not in values:
+            raise RecipeError(
+                f"exclude: expected axes, keys that an axis sets, or seed, got {key!r}; {nearest(key, sorted(values))}"
+            )
+        if not any(_is_meant(each, value) for each in values[key]) and key != "seed":
+            there = ", ".join(dict.fromkeys(map(say, values[key])))
+            raise RecipeError(f"exclude: expected values that {key} takes ({there}), got {say(value)}")
+
+
+def _settable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the recipe, none of which the sweep sets by itself."""
+    for key in settings:
+        if key in _ELSEWHERE:
+            raise ValueError(f"{key} cannot be set in a sweep; use {_ELSEWHERE[key]}")
+    return settings
+
+
+def _axes(given: object) -> object:
+    """Axis to its values."""
+    if not isinstance(given, Mapping):
+        return given
+    axes = {name: _values(name, item) for name, item in _flat_axes(given).items()}
+    for name, values in axes.items():
+        _settable({name: values})
+        if name in _COLUMNS:
+            raise ValueError(f"an axis cannot be called {name}, as a column of the results is; choose another name")
+        for value in values:
+            if isinstance(value, Mapping):
+                _settable(_flat(value))
+    return axes
+
+
+def _flat_axes(table: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+    """As :func:`_flat`, but { from, to, step } is a value."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        inner = isinstance(value, Mapping) and not {"from", "to", "step"} & set(value)
+        found |= _flat_axes(value, f"{within}{key}.") if inner else {f"{within}{key}": value}
+    return found
 
 
 def _values(axis: str, given: object) -> tuple[object, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,6 +46,10 @@ class RecipeWorkshop:
         _, made = self._declared(trial)
         return [Task(s.key, s.kind, s.label, s.inputs, s.macs, s.seconds) for s in made]
 
+    def use(self, tasks: Iterable[Task]) -> None:
+        """Keep them from :meth:`Store.prune` as long as this process lives."""
+        self._store.use((task.kind, task.key) for task in tasks)
+
     def has(self, task: Task) -> bool:
         """Whether the store holds it."""
         return self._store.has(task.kind, task.key)
@@ -65,17 +69,39 @@ class RecipeWorkshop:
     def finish(self, trial: Trial, path: Path) -> None:
         """Write the record of a trial whose stages are all in the store, which keeps them as long as it exists."""
         _, made = self._declared(trial)
-        write_atomic(path, self.record(trial).to_json())
-        self._store.register(path, [stage.key for stage in made])
+        found = self.record(trial).to_json()
+        self._store.register(path, [stage.key for stage in made])  # first: a record always has its stages
+        write_atomic(path, found)
 
     def record(self, trial: Trial) -> Record:
         """All that was measured on the stages of a trial."""
         shop, made = self._declared(trial)
         return assemble.record(shop, made, f"coldforge sweep, trial {trial.id}")
 
-    def write_folder(self, trial: Trial, out: Path) -> Record:
-        """What `coldforge run` would have left of this trial; stages that were pruned from the store are made again."""
+    def resolved(self, trial: Trial) -> Trial:
+        """With what "auto" means on this machine, so that it means the same on all that make its stages."""
+        return replace(trial, recipe=resolve(trial.recipe))
+
+    def refuse_missing(self, trial: Trial) -> None:
+        """Refuse a trial of which the store does not hold all stages, with the same keys.
+
+        Raises:
+            UsageError: some are not there.
+        """
         shop, made = self._declared(trial)
+        stages = list(made)
+        missing = [stage.label for stage in stages if not shop.has(stage)]
+        if missing:
+            raise UsageError(
+                f"the store at {self._store.root} lacks {len(missing)} of the {len(stages)} stages of this trial, "
+                f"such as {missing[0]!r}: pruned, or made on another machine or by other versions; --rebuild makes "
+                "them here, which takes time and may give other numbers"
+            )
+
+    def write_folder(self, trial: Trial, out: Path, progress: Progress | None = None) -> Record:
+        """What `coldforge run` would have left of this trial; stages that are not in the store are made again."""
+        shop, made = self._declared(trial)
+        shop = replace(shop, progress=progress or Progress())
         assemble.check_writable(out)
         with torch_threads(shop.recipe.compute.threads):
             for stage in made:
