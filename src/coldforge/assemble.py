@@ -29,7 +29,7 @@ from coldforge.records import (
     ThreatModelRecord,
 )
 from coldforge.sealed import write_atomic
-from coldforge.stages import ONNX_FILE, Arrow, Shop
+from coldforge.stages import ONNX_FILE, Arrow, Shop, Stage, joined_outcomes
 
 LABELS: dict[str, tuple[StageName, str]] = {
     "baseline": ("baseline", "baseline"),
@@ -81,18 +81,16 @@ def record(shop: Shop, made: Arrow, command: str = "") -> Record:
 
 def _row(shop: Shop, made: Arrow, row: str) -> StageRecord:
     name, label = LABELS[row]
-    network = made.networks[made.artifact if row == "artifact" else row]
     cost = shop.result(made.files[made.artifact if row == "artifact" else row])
     cost = {key: value for key, value in cost.items() if key != "sha256"}
-    network = made.networks["parent"] if row == "compressed" else network  # trained between steps of pruning, if at all
-    trained = shop.result(network) if network.kind != "quantize" else {}
+    outcomes = [shop.result(network) for network in _trained(made, row)]
+    trained = joined_outcomes([outcome for outcome in outcomes if outcome])  # a checkpoint that was given has none
     timed = made.evidence.get("measure")
     measured = {"latency": {}, "energy": {}} if timed is None else shop.result(timed)
     energy = measured["energy"].get(row, {})
-    notes = list(trained.get("notes", []))
+    notes = list(trained["notes"])
     agreed: AgreementRecord | None = None
     if row == "artifact":
-        trained = {} if f"evaluate: {made.artifact}" in made.evidence else trained  # said once
         found = shop.result(made.evidence["agree"])
         agreed = AgreementRecord(clean=found["clean"], adversarial=found["adversarial"])
         notes += _warnings(cost, found)
@@ -107,12 +105,24 @@ def _row(shop: Shop, made: Arrow, row: str) -> StageRecord:
         latency_s=tuple(LatencyRecord(**timing) for timing in measured["latency"].get(row, [])),
         energy_j_per_image=energy.get("joules_per_image"),
         energy_method=energy.get("method", ""),
-        train_seconds=trained.get("train_seconds", 0.0),
-        train_macs=trained.get("train_macs", 0.0),
-        curve=tuple(CurvePoint(**point) for point in trained.get("curve", [])),
+        train_seconds=trained["train_seconds"],
+        train_macs=trained["train_macs"],
+        curve=tuple(CurvePoint(**point) for point in trained["curve"]),
         agreement=agreed,
         notes=tuple(notes),
     )
+
+
+def _trained(made: Arrow, row: str) -> list[Stage]:
+    """The networks whose training a row tells of: its own, and what no row before it tells of, such as the training
+    between steps of pruning where the compressed network was not evaluated.
+    """
+    if row in ("baseline", "reference", "control"):
+        return [made.networks[row]]
+    parent, source = "compressed", made.artifact if row == "artifact" else row
+    steps = {parent: made.networks["parent"]} | ({} if source == parent else {source: made.networks[source]})
+    said = [each for each in steps if each != row and f"evaluate: {each}" in made.evidence]
+    return [stage for each, stage in steps.items() if each not in said]
 
 
 def _warnings(cost: dict[str, Any], agreed: dict[str, Any]) -> list[str]:

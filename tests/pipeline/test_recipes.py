@@ -33,6 +33,12 @@ def test_everything_at_once_ends_in_a_file_that_agrees(recipe, forge_again, mode
     assert any(note.startswith("kept epoch") for note in tuned.notes)
     assert [point.epoch for point in compressed.curve] == [1], "trained between two steps of pruning"
     assert compressed.train_macs > 0
+    only = recipe({**STRONG, "evaluate.stages": ["artifact"]})
+    (alone,) = forge_again(only, Store(tmp_path / "store"), tmp_path / "only").record.stages
+    assert alone.train_macs == compressed.train_macs + tuned.train_macs, "no row that is left out hides its cost"
+    assert [point.epoch for point in alone.curve] == [1, 2, 3, 4]
+    before = (*compressed.notes, *tuned.notes)
+    assert alone.notes[: len(before)] == before
     assert (artifact.weight_bits, artifact.activation_bits) == (1, 4)
     assert artifact.packed_bytes < compressed.size_bytes
     assert artifact.agreement.clean == artifact.agreement.adversarial == 1.0

@@ -3,6 +3,7 @@
 from coldforge.stages.evidence import ONNX_FILE, agree, evaluate, export, gallery, masking, measure
 from coldforge.stages.networks import baseline, control, finetune, finetune_in_float, prune, quantize, reference
 from coldforge.stages.shop import Arrow, Shop, Stage, read_json
+from coldforge.stages.training import joined_outcomes
 
 __all__ = [
     "ONNX_FILE",
@@ -17,6 +18,7 @@ __all__ = [
     "finetune",
     "finetune_in_float",
     "gallery",
+    "joined_outcomes",
     "masking",
     "measure",
     "prune",
