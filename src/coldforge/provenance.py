@@ -55,7 +55,7 @@ def provenance(seed: int, command: str | Sequence[str] = "", **more: Any) -> dic
     Returns:
         command, created (UTC, ISO 8601), seed, git_commit, git_dirty, versions, hardware, os; and ``more``.
     """
-    commit, dirty = _own_git_state()
+    commit, dirty = own_git_state()
     return {
         "command": command if isinstance(command, str) else shlex.join(command),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -227,7 +227,8 @@ def git_state(folder: Path | None = None) -> tuple[str, bool]:
 
 
 @cache  # the code that runs is that of the moment when it was imported
-def _own_git_state() -> tuple[str, bool]:
+def own_git_state() -> tuple[str, bool]:
+    """:func:`git_state` of this package's own repository; empty where it was installed from a wheel."""
     return git_state(Path(__file__).parent)
 
 

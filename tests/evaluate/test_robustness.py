@@ -11,6 +11,7 @@ from coldforge.attacks import parse_attack, predict
 from coldforge.compress import ActivationQuantizer, QuantizedLayer, attacking, quantize
 from coldforge.errors import AttackError
 from coldforge.evaluate import Ledger, Target, evaluate, summarize, wilson_interval
+from coldforge.evaluate.ledger import Row
 from coldforge.recipe import QuantizeSpec
 
 NAMES = ("fgsm", "pgd-5", "pgd-4-2")
@@ -347,3 +348,14 @@ def test_parquet_holds_every_image(task, threat, tmp_path):
         for read, kept in zip(margins, found.margin[name].tolist(), strict=False):
             assert read == kept or (math.isnan(read) and math.isnan(kept))
     assert len(table) == 5 + 9 * len(NAMES)
+
+
+@pytest.mark.parametrize("margins", [(math.nan, 0.5), (0.5, math.nan)])
+def test_a_margin_that_was_no_number_is_remembered(margins):
+    """Such images are tried once more in float32."""
+    ledger = Ledger(torch.tensor([0]), torch.tensor([0]), {}, seed=0)
+    ledger.open("pgd-5", 1)
+    for margin in margins:
+        row = Row(False, -1, -1, 1, math.nan, margin, False)
+        ledger.enter("pgd-5", 0, row, "pgd-5", last=False)
+    assert math.isnan(ledger.margin["pgd-5"][0])

@@ -51,6 +51,18 @@ def test_everything_at_once_ends_in_a_file_that_agrees(recipe, forge_again, mode
     assert not [path for path in (tmp_path / "store").rglob("checkpoint*") if path.is_file()], "nothing is left behind"
 
 
+def test_every_layer_keeps_its_floor_in_several_steps_too(recipe, forge_again, tmp_path):
+    changes = {
+        "finetune.arms": ["none"], "deploy.arm": "none", "prune.ratio": 0.6, "prune.steps": 3, "prune.scope": "global",
+        "prune.floor": 0.3, "prune.importance": "random", "prune.round_to": 1, "prune.min_width": 1,
+    }  # fmt: skip
+    forge_again(recipe(changes), Store(tmp_path / "store"), tmp_path / "out")
+    plan = read_structure(tmp_path / "out" / "model").pruning
+    assert plan.achieved > 0.4
+    for before, after in plan.widths.values():
+        assert after >= 0.3 * before
+
+
 def test_a_robust_teacher_is_trained_if_need_be(recipe, forge_again, model, factory, tmp_path):
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     changes = {

@@ -1,22 +1,23 @@
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
 from coldforge.attacks import ThreatModel, parse_attack, parse_inner, perturb, predict
-from coldforge.compress import ActivationQuantizer, QuantizedLayer
+from coldforge.compress import ActivationQuantizer, QuantizedLayer, quantize
 from coldforge.data import from_arrays
 from coldforge.errors import CollapseError, TrainingError
 from coldforge.evaluate import Target, evaluate, summarize
 from coldforge.measure import count_macs
 from coldforge.models import normalized
 from coldforge.provenance import cpp_compiler
-from coldforge.recipe import TrainSpec
+from coldforge.recipe import QuantizeSpec, TrainSpec
 from coldforge.records import CurvePoint
 from coldforge.train import loop, train
-from coldforge.train.guard import Overfitting, SameAnswer
+from coldforge.train.guard import Collapse, Overfitting, SameAnswer
 
 
 def accuracy(network, data, threat, attack="pgd-10"):
@@ -315,7 +316,8 @@ def curve(*robust, loss=1.5, eps=0.1):
 
 def judge(build, splits, points, attack="fgsm-rs", **settings):
     inner = parse_inner(attack) if attack else None
-    spec = TrainSpec(epochs=2, objective="adversarial" if attack else "natural", **settings)
+    settings = {"epochs": 2, "objective": "adversarial" if attack else "natural", **settings}
+    spec = TrainSpec(**settings)
     loop.refuse_collapse(build("float"), splits.validation, points, inner, spec)
 
 
@@ -324,6 +326,22 @@ def test_a_fall_of_pgd_accuracy_is_catastrophic_overfitting(robust, build, split
     message = rf"catastrophic overfitting: PGD accuracy fell from {max(robust):.0%} to {robust[-1]:.0%} in epoch \d"
     with pytest.raises(Overfitting, match=message):
         judge(build, splits, curve(*robust))
+
+
+def test_under_a_strong_attack_a_fall_is_a_fault_of_something_else(build, splits):
+    """Such as the learning rate, which is what a plain collapse lowers."""
+    with pytest.raises(Collapse, match=r"PGD accuracy fell from 64% to 30% in epoch 2") as found:
+        judge(build, splits, curve(0.64, 0.3), attack="pgd-7")
+    assert type(found.value) is Collapse
+
+
+def test_few_bits_are_not_measured_by_many(build, splits):
+    """With bits_ramp, epochs 1 and 2 of 4 still had more bits at some step."""
+    points = curve(0.9, 0.8, 0.3, 0.28)
+    judge(build, splits, points, bits_ramp=0.7, epochs=4)
+    judge(build, splits, points[:2], bits_ramp=0.7, epochs=4)
+    with pytest.raises(Overfitting, match="fell from 80% to 28%"):
+        judge(build, splits, points, bits_ramp=0.5, epochs=4)
 
 
 @pytest.mark.parametrize("robust", [(0.5,), (0.5, 0.4), (0.1, 0.3, 0.5), (0.5, 0.3, 0.45), (0.1, 0.06)])
@@ -395,3 +413,13 @@ def test_the_loss_of_an_epoch_is_the_mean_of_its_steps(build, splits, threat):
         build("float"), splits, spec, threat, on_progress=lambda _, text: losses.append(float(text.split()[-1]))
     )
     assert math.isclose(result.curve[0].loss, sum(losses) / len(losses), abs_tol=1e-3)
+
+
+def test_steps_that_are_not_learned_are_rounded_with_all_the_same(build, splits, threat, monkeypatch):
+    """The kernels, whose arithmetic is that of the file; and never a compiled network."""
+    asked = []
+    monkeypatch.setattr(loop, "fused", lambda wanted: asked.append(wanted) or nullcontext())
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: pytest.fail("compiled as a float network"))
+    fixed = quantize(build("float"), QuantizeSpec(weight_bits=4, learned_steps=False), splits.train.pixels())
+    train(fixed, splits, TrainSpec(epochs=1, batch_size=66), threat, compiled="network")
+    assert asked == [True]

@@ -126,6 +126,13 @@ def test_perturbations_of_moved_images_are_not_reused(build, splits, threat):
         train(build("float"), moved, spec_of("adversarial", attack="fgsm-reuse"), threat)
 
 
+@pytest.mark.parametrize("attack", ["fgsm", "pgd-20-paper"])
+def test_trades_does_not_start_where_its_gradient_is_0(attack, build, splits, threat):
+    """It would be natural training by the name of adversarial."""
+    with pytest.raises(RecipeError, match=rf"{attack} starts at the image, where the gradient .* is 0"):
+        train(build("float"), splits, spec_of("trades", attack=attack), threat)
+
+
 @pytest.mark.parametrize(
     ("settings", "passes"),
     [({}, 5), ({"awp": 0.01}, 8), ({"attack": "pgd-3"}, 9), ({"objective": "trades"}, 9), ({"ema": 0.9}, 5)],

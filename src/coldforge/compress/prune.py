@@ -306,8 +306,10 @@ class _Part:
         return self.rows.numel()
 
     def narrowest(self, spec: PruneSpec) -> int:
-        """Channels that stay whatever the scores say."""
-        return self.kept(1.0 - spec.floor, spec)
+        """Channels that stay whatever the scores say: at least the floor, in whole steps."""
+        step = math.lcm(spec.round_to, len(self.rows))
+        least = max(round(self.width * spec.floor, 6), spec.min_width, 1)
+        return min(self.width, math.ceil(least / step) * step)
 
     def kept(self, ratio: float, spec: PruneSpec) -> int:
         """Channels that stay at a ratio of its own."""

@@ -88,7 +88,7 @@ class Ledger:
             last: no further try follows if the image stands.
         """
         self.queries[attack][image] += row.queries
-        self.margin[attack][image] = min(float(self.margin[attack][image]), row.margin)
+        self.margin[attack][image] = self.least_margin(attack, image, row)
         self.disputed[attack][image] |= row.disputed
         self.finished[attack][image] = row.fooled or last
         if row.fooled:
@@ -96,6 +96,10 @@ class Ledger:
             self.step[attack][image], self.restart[attack][image] = row.step, row.restart
             self.norm[attack][image] = row.norm
             self.by[attack][image] = by
+
+    def least_margin(self, attack: str, image: int, row: Row) -> Tensor:
+        """The smallest margin that an attack saw on an image, with what one more try found; NaN if it saw that."""
+        return torch.minimum(self.margin[attack][image], torch.tensor(row.margin))
 
     def write(self, path: Path) -> None:
         """One row an image, as parquet."""

@@ -174,7 +174,7 @@ def _run(
     known = journal.found(what)
 
     def enter(image: int, row: Row) -> None:
-        margin = torch.tensor(min(row.margin, float(ledger.margin[column][image])))
+        margin = ledger.least_margin(column, image, row)
         last = not any(bool(later.is_worth_it(margin)) for later in rest)
         ledger.enter(column, image, row, by, last=last)
 

@@ -22,6 +22,7 @@ from coldforge.recipe import QuantizeSpec, TrainSpec
 from coldforge.stages.shop import Report, Shop, Stage, file_digest, write_json
 from coldforge.stages.training import joined_outcomes, outcome_of, threat_of, train_into, trained, training_macs
 
+_OPTIMIZER = ("optimizer", "lr", "momentum", "nesterov", "weight_decay")
 _UNTRAINED = "rounded to {} bits after all of its training; a lower finetune.float_epochs trains through the rounding"
 
 
@@ -80,7 +81,8 @@ def prune(shop: Shop, network: Stage) -> Stage:
     spec = shop.recipe.prune
     between = _between_steps(shop) if spec.steps > 1 and spec.ratio else None
     sees_images = spec.importance.startswith("taylor")
-    each = spec.model_copy(update={"ratio": 1 - (1 - spec.ratio) ** (1 / spec.steps)})
+    part = 1 / spec.steps
+    each = spec.model_copy(update={"ratio": 1 - (1 - spec.ratio) ** part, "floor": spec.floor**part})
 
     def build(folder: Path, report: Report) -> None:
         small, structure = shop.network(network)
@@ -264,14 +266,15 @@ def _parts(shop: Shop, arm: str) -> tuple[TrainSpec | None, TrainSpec | None]:
 def control(shop: Shop, compressed: Stage) -> Stage:
     """The same small network with fresh weights: is pruning a trained network worth anything?
 
-    Trained adversarially with the epochs and the attack of the fine-tuning and the learning rate of a baseline, in
-    floating point, and rounded afterwards: steps for weights that are still random mean nothing. Fair at 8 bits,
-    harsh below.
+    Trained adversarially with the epochs and the attack of the fine-tuning, the optimizer and the learning rate of a
+    baseline, in floating point, and rounded afterwards: steps for weights that are still random mean nothing. Fair at
+    8 bits, harsh below.
     """
     _needs_fresh_weights(shop, "control")
     whole = shop.recipe.finetune
     tuning = {name: getattr(whole, name) for name in TrainSpec.model_fields}
-    spec = TrainSpec(**{**tuning, "objective": "adversarial", "lr": shop.recipe.model.train.lr, "bits_ramp": 0.0})
+    as_baseline = {name: getattr(shop.recipe.model.train, name) for name in _OPTIMIZER}
+    spec = TrainSpec(**{**tuning, **as_baseline, "objective": "adversarial", "bits_ramp": 0.0})
 
     def build(folder: Path, report: Report) -> None:
         _, structure = shop.network(compressed)

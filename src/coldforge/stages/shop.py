@@ -22,14 +22,16 @@ from coldforge.data import DataSplits, ImageSet
 from coldforge.measure import count_macs
 from coldforge.models import ModelSource, channels_last
 from coldforge.progress import Progress
+from coldforge.provenance import own_git_state
 from coldforge.recipe import Recipe
 from coldforge.sealed import sha256_of
 from coldforge.store import Store
 from coldforge.store import key as stage_key
 from coldforge.train import Team
 
-VERSION = 2
-"""Raise it when a stage's code changes its results: old entries of the store are then not found any more."""
+VERSION = 3
+"""Raise it when the code of a stage, training and its rescue from collapse included, gives other results: old entries
+of the store are then not found any more."""
 
 Report = Callable[[float, str], None]
 Reads = Literal["training", "evaluated", "nothing"]
@@ -136,7 +138,7 @@ class Shop:
             stage.kind,
             stage.key,
             lambda work: stage.build(work, self.progress.advance),
-            describe={"label": stage.label, "recipe": self.recipe.name},
+            describe={"label": stage.label, "recipe": self.recipe.name, "commit": own_git_state()[0]},
             progress=self.progress,
         )
         self.progress.end(stage.label, cached=cached)

@@ -51,10 +51,11 @@ def refuse_collapse(
     inner: InnerAttack | None,
     spec: TrainSpec,
 ) -> bool:
-    """Refuse a constant answer, and catastrophic overfitting of a weak inner attack.
+    """Refuse a constant answer, a robustness that is lost, and catastrophic overfitting of a weak inner attack.
 
     The signs of the latter (Wong et al. 2020): PGD accuracy falls to half of what it was, or the images of the inner
-    attack are answered with far more confidence than PGD accuracy allows.
+    attack are answered with far more confidence than PGD accuracy allows. Under a strong inner attack the first of them
+    is another fault, such as too high a learning rate. Epochs of fewer bits are not compared with those of more.
 
     Returns:
         Whether the network still gives the same answer to everything, in the epochs in which it may.
@@ -62,6 +63,7 @@ def refuse_collapse(
     Raises:
         SameAnswer: it does so later.
         Overfitting: the inner attack is too weak.
+        Collapse: PGD accuracy fell to half, and the inner attack is strong.
     """
     watched = validation.take(slice(0, MONITOR_IMAGES))
     answers = predict(network, watched.pixels()).argmax(1)
@@ -74,16 +76,19 @@ def refuse_collapse(
         raise SameAnswer(f"{share:.0%} of the validation images get the same answer after epoch {now.epoch}")
     if inner is None or len(curve) < 2:
         return same
-    best = max(point.robust_accuracy for point in curve if point.eps <= now.eps)  # eps falls where it rises anew
+    weak = inner.steps <= WEAK_STEPS
+    alike = [point for point in curve if point.eps <= now.eps]  # eps falls where it rises anew
+    if spec.bits_ramp:  # which ends within, or after, the epoch of this number
+        ends = math.ceil(spec.bits_ramp * spec.epochs)
+        alike = [point for point in alike if point.epoch >= ends]
+    best = max((point.robust_accuracy for point in alike), default=0.0)
     if best > 0.2 and now.robust_accuracy < best / 2:
-        raise Overfitting(
-            f"catastrophic overfitting: PGD accuracy fell from {best:.0%} to {now.robust_accuracy:.0%} "
-            f"in epoch {now.epoch}"
-        )
+        fell = f"PGD accuracy fell from {best:.0%} to {now.robust_accuracy:.0%} in epoch {now.epoch}"
+        raise Overfitting(f"catastrophic overfitting: {fell}") if weak else Collapse(fell)
     confidence = math.exp(-now.loss)  # geometric mean of the probability of the true class, under the inner attack
     at_full_eps = now.epoch - 1 >= spec.eps_ramp * spec.epochs * (1 - 1e-6)  # from its first step on
     trusted = spec.objective == "adversarial"  # only there the loss is that of the true class
-    if trusted and at_full_eps and inner.steps <= WEAK_STEPS and confidence > now.robust_accuracy + 0.2:
+    if trusted and at_full_eps and weak and confidence > now.robust_accuracy + 0.2:
         raise Overfitting(
             f"catastrophic overfitting: {inner.label} leaves {confidence:.0%} confidence in the true class, "
             f"PGD accuracy is {now.robust_accuracy:.0%} after epoch {now.epoch}"

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from coldforge.attacks import ThreatModel, parse_inner, perturb
-from coldforge.compress import ActivationQuantizer, QuantizedLayer, attacking, fused, rectified, set_bits
+from coldforge.compress import ActivationQuantizer, QuantizedLayer, attacking, fused, is_quantized, rectified, set_bits
 from coldforge.data import DataSplits, epoch_batches, steps_per_epoch
 from coldforge.errors import CollapseError, RecipeError, TrainingError
 from coldforge.evaluate import BACKWARDS
@@ -105,8 +105,8 @@ def train(
     Raises:
         CollapseError: every attempt collapsed.
         TrainingError: the loss became NaN in every attempt.
-        RecipeError: a teacher is missing, an inner attack starts from perturbations of images that are augmented, or a
-            batch has fewer images than there are processes.
+        RecipeError: a teacher is missing, an inner attack starts from perturbations of images that are augmented or
+            where it has no gradient, or a batch has fewer images than there are processes.
         LostError: another process ended or fell silent.
     """
     world = world or World()
@@ -116,6 +116,11 @@ def train(
         raise RecipeError(
             f"{spec.attack} starts where an image's perturbation ended in the epoch before, which augmentation moves; "
             'expected data.augment = "none", or another inner attack such as n-fgsm'
+        )
+    if spec.objective == "trades" and parse_inner(spec.attack).start == "image":
+        raise RecipeError(
+            f'{spec.attack} starts at the image, where the gradient of the objective "trades" is 0: it would never '
+            "leave it; expected an inner attack with a random start, such as pgd-7"
         )
     if min(spec.batch_size, len(data.train)) < world.size:
         raise RecipeError(
@@ -200,7 +205,7 @@ class _Attempt:
         self._previous = state.perturbations.get("previous")
         if self._previous is None and self._inner is not None and self._inner.start == "previous":
             self._previous = torch.zeros(data.train.images.shape, dtype=torch.int8)
-        self.quantized = bool(self._calibrated)
+        self.quantized = is_quantized(self._network)
         self._searcher = Searcher(self._network, precision, data.validation if self._inner else None)
         if compiled == "network" and world.size == 1 and not self.quantized and cpp_compiler() is not None:
             self._network.compile()  # in place; not copies, nor BatchNorm over several processes
