@@ -148,17 +148,13 @@ def print_plan(plan: Plan) -> None:
 def print_sweep(results: Sweep, state: State, page: Path) -> None:
     """The artifacts, means over seeds, what failed, and what was written."""
     found = [mean for mean in over_seeds(results) if mean.stage.startswith("artifact")]
-    suspect = {
-        (tuple(row[axis] for axis in results.axes), row["label"]): " SUSPECT"
-        for row in results.rows
-        if row.get("masking") == "suspect"
-    }
+    suspect = [mean for mean in found if any(row["masking"] == "suspect" for row in mean.rows)]
     rows = [
         (
             *mean.point,
             mean.n,
             _with_spread(mean.mean, mean.spread, "clean_accuracy"),
-            _with_spread(mean.mean, mean.spread, "robust:worst_case") + suspect.get((mean.point, mean.stage), ""),
+            _with_spread(mean.mean, mean.spread, "robust:worst_case") + (" SUSPECT" if mean in suspect else ""),
             text.size(round(mean.mean["size_bytes"])),
             text.big(mean.mean["macs"]),
         )

@@ -261,6 +261,19 @@ def test_ray_is_not_started_for_nothing_and_fills_its_cluster(tmp_path, record):
     assert not ray.is_initialized()
 
 
+def test_ray_refuses_what_no_machine_of_its_cluster_has_room_for(tmp_path, record, monkeypatch):
+    pytest.importorskip("ray")
+    from coldforge.sweep.ray_executor import RayExecutor
+
+    monkeypatch.setattr(RayExecutor, "_rooms", lambda self: [2, 2])
+    hands = make_executor("ray", ToyWorkshop(tmp_path / "store", record), workers=0, threads=4)
+    try:
+        with pytest.raises(UsageError, match="expected at most 2, the processors of the largest machine"):
+            assert hands.slots
+    finally:
+        hands.close()
+
+
 @pytest.mark.parametrize("executor", EXECUTORS[1:])
 def test_a_workshop_comes_to_each_worker_once(executor, tmp_path, record):
     run(tmp_path, record, executor)
@@ -595,6 +608,15 @@ def test_the_best_trial_for_a_question(results):
     suspect = [{**row, "masking": "suspect"} for row in results.rows]
     with pytest.raises(UsageError, match="masking verdict of every trial is suspect"):
         pick(type(results)(**{**vars(results), "rows": tuple(suspect)}), minimize="params")
+
+
+def test_robust_accuracies_of_several_threat_models_are_not_compared(results):
+    rows = [{**row, "threat_model:eps": row["threat_model:eps"] * (1 + row["seed"])} for row in results.rows]
+    mixed = type(results)(**{**vars(results), "rows": tuple(rows)})
+    for question in ({"maximize": "robust"}, {"least": ["robust=0.1"], "minimize": "params"}):
+        with pytest.raises(UsageError, match="attacked under 2 threat models"):
+            pick(mixed, **question)
+    assert pick(mixed, minimize="params")
 
 
 @pytest.mark.parametrize(

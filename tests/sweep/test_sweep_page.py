@@ -200,6 +200,13 @@ def test_suspect_is_flagged_everywhere(sweep, page, source):
     assert not trials & {answer.trial for answer in answers(sweep)}
 
 
+def test_numbers_of_validation_images_are_called_so(sweep, page):
+    assert "On the validation part." not in page.text
+    rows = tuple({**row, "images": "validation images"} for row in sweep.rows)
+    words = Page(PLOTLY.sub("", render_sweep(dataclasses.replace(sweep, rows=rows)))).text
+    assert "On the validation part. These images also watched the training" in words
+
+
 def test_where_every_artifact_is_suspect_none_is_named(sweep):
     rows = tuple({**row, "masking": "suspect"} for row in sweep.rows)
     words = Page(PLOTLY.sub("", render_sweep(dataclasses.replace(sweep, rows=rows)))).text
@@ -228,8 +235,9 @@ def test_the_answers_are_those_of_pick(sweep, page):
     assert found[0].robust in page.text
 
 
-def test_commands_of_the_page_are_commands(sweep, monkeypatch, capsys):
-    monkeypatch.setattr(RecipeWorkshop, "write_folder", lambda *_: None)
+def test_commands_of_the_page_are_commands(sweep, record, monkeypatch, capsys):
+    monkeypatch.setattr(RecipeWorkshop, "refuse_missing", lambda *_: None)
+    monkeypatch.setattr(RecipeWorkshop, "write_folder", lambda *_: record)
     monkeypatch.setattr("coldforge.report.folder.draw", lambda _: None)
     for answer in answers(sweep):
         assert main([*shlex.split(answer.command)[1:], "--json"]) == 0
@@ -423,6 +431,8 @@ def test_trials_under_several_threat_models_are_not_called_comparable(sweep):
     words = Page(PLOTLY.sub("", render_sweep(dataclasses.replace(sweep, rows=tuple(rows))))).text
     assert "eps L∞ 0.05 no box, L∞ 0.1; compare within one only" in words
     assert "Literal threat model" in words
+    assert "No robust accuracy of an artifact can be named: they are of several threat models." in words
+    assert "coldforge pick" not in words
 
 
 # --- one file, safe --------------------------------------------------------------------------------------------------

@@ -75,6 +75,7 @@ def render_sweep(sweep: Sweep) -> str:
         "suspects": len({entry.trials for entry in singles if entry.suspect}),
         "panels": [(panel, base64.b64encode(panel.png).decode()) for panel in panels(sweep, mean_entries(sweep))],
         "waiting": _waiting(sweep),
+        "chosen_on": any(row["images"] == "validation images" for row in sweep.rows),
     }
     return environment().get_template("sweep.html").render(view)
 
@@ -105,6 +106,7 @@ def _headline(sweep: Sweep, found: list[Answer]) -> str:
     start = f"{finished} of {sweep.trials} trials {'is' if finished == 1 else 'are'} finished."
     if not found:
         why = "the masking verdict of each is suspect" if _all_suspect(sweep) else "none was attacked"
+        why = "they are of several threat models" if len(_threats(sweep)) > 1 else why
         return f"{start} No robust accuracy of an artifact can be named: {why}."
     best, rest = found[0], found[1:]
     kept = f"{best.robust.partition(' (')[0]} (worst case{f', {best.flag}' if best.flag else ''})"
@@ -132,16 +134,22 @@ def _cards(sweep: Sweep) -> Iterator[Card]:
         counts = [int(row["n_attacked"]) for row in sweep.rows if row["n_attacked"]]
         names = [m.key.removeprefix("robust:") for m in attack_measures(sweep) if m.key != ROBUST]
         note = f"under {text.join([text.attack(name) for name in names])}" if names else "no attack was run"
-        yield Card("Images attacked", _span(counts), "", f"{note}; clean: {_span([row['n'] for row in sweep.rows])}")
+        clean = text.span([row["n"] for row in sweep.rows])
+        yield Card("Images attacked", text.span(counts) if counts else text.NONE, "", f"{note}; clean: {clean}")
     if sweep.stages.get("macs_alone"):
         saved = 1 - sweep.stages["macs"] / sweep.stages["macs_alone"]
         note = f"multiply-adds; {sweep.stages['distinct']:g} stages in place of {sweep.stages['alone']:g}"
         yield Card("Saved by sharing", f"{100 * saved:.0f}", "%", note)
 
 
-def _threat_cards(sweep: Sweep) -> Iterator[Card]:
+def _threats(sweep: Sweep) -> list[tuple[Any, ...]]:
+    """Norm, eps, eps in 255ths and box of each."""
     parts = ("norm", "eps", "eps_255", "box")
-    threats = sorted({tuple(row[f"threat_model:{part}"] for part in parts) for row in sweep.rows})
+    return sorted({tuple(row[f"threat_model:{part}"] for part in parts) for row in sweep.rows})
+
+
+def _threat_cards(sweep: Sweep) -> Iterator[Card]:
+    threats = _threats(sweep)
     if not threats:
         return
     flag = "" if all(box for *_, box in threats) else "literal threat model"
@@ -151,13 +159,6 @@ def _threat_cards(sweep: Sweep) -> Iterator[Card]:
         return
     shown = ", ".join(f"{text.norm(norm)} {text.eps(eps)}{'' if box else ' no box'}" for norm, eps, _, box in threats)
     yield Card("Threat models", str(len(threats)), "", f"eps {shown}; compare within one only", flag or "not the same")
-
-
-def _span(counts: list[int]) -> str:
-    if not counts:
-        return text.NONE
-    low, high = min(counts), max(counts)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _notes(sweep: Sweep) -> Iterator[str]:

@@ -202,14 +202,10 @@ def _single(row: Row, measure: Measure, verdict: str) -> Cell:
 def mean_entries(sweep: Sweep) -> list[Entry]:
     """One entry a stage of a point of the axes: means over seeds, with their standard deviations."""
     shown = [*measures(sweep), *attack_measures(sweep)]
-    groups: dict[tuple[tuple[str, ...], str], list[Row]] = {}
-    for row, verdict in zip(sweep.rows, _verdicts(sweep), strict=True):
-        groups.setdefault((tuple(row[axis] for axis in sweep.axes), row["label"]), []).append(
-            {**row, "masking": verdict}
-        )
+    verdicts = dict(zip(((row["trial"], row["label"]) for row in sweep.rows), _verdicts(sweep), strict=True))
     entries = []
     for mean in over_seeds(sweep):
-        rows = groups[mean.point, mean.stage]
+        rows = [{**row, "masking": verdicts[row["trial"], row["label"]]} for row in mean.rows]
         verdict = verdict_of(rows)
         entries.append(
             Entry(

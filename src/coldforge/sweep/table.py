@@ -93,6 +93,7 @@ def _rows_of(folder: Path, trial: dict[str, Any], axes: Sequence[str]) -> Iterat
     except ValueError as error:
         raise UsageError(f"{path} is no record of coldforge (damaged?): {error}") from None
     head = {"trial": trial["id"], "seed": trial["seed"]} | {axis: say(trial["point"].get(axis, "")) for axis in axes}
+    head["images"] = record.images
     head |= {f"threat_model:{name}": value for name, value in record.threat_model.model_dump().items()}
     deploy = record.recipe.get("deploy")
     arm = deploy.get("arm") if isinstance(deploy, dict) else None
@@ -172,6 +173,8 @@ class Mean:
     mean: Row
     spread: Row
     """Standard deviation over seeds (of the sample); NaN for one seed."""
+    rows: tuple[Row, ...]
+    """One a seed."""
 
 
 def over_seeds(sweep: Sweep) -> list[Mean]:
@@ -188,7 +191,7 @@ def over_seeds(sweep: Sweep) -> list[Mean]:
             if numbers and name != "seed":
                 mean[name] = statistics.fmean(numbers)
                 spread[name] = statistics.stdev(numbers) if len(numbers) > 1 else math.nan
-        found.append(Mean(point, label, len(rows), mean, spread))
+        found.append(Mean(point, label, len(rows), mean, spread, tuple(rows)))
     return found
 
 
@@ -232,13 +235,17 @@ def pick(
         The row of the artifact; a masking verdict of "suspect" does not count as robust and is passed over.
 
     Raises:
-        UsageError: no trial is finished, none meets the conditions, or a column is not known.
+        UsageError: no trial is finished, none meets the conditions, a column is not known, or robust accuracies are
+            compared that are of several threat models.
     """
     rows = [row for row in sweep.rows if row["name"] == "artifact"]
     if not rows:
         raise UsageError(f"{sweep.folder}: no trial is finished yet; run `coldforge sweep` again")
     if bool(minimize) == bool(maximize):
         raise UsageError("expected one of --minimize and --maximize, such as --minimize latency")
+    asked = [text.partition("=")[0].strip() for text in (*least, *most)]
+    if any(column(name, rows).startswith("robust:") for name in (*asked, minimize or maximize)):
+        _refuse_several_threats(rows)
     good = [row for row in rows if row["masking"] != "suspect"]
     for texts, sign, words in ((least, 1, "at least"), (most, -1, "at most")):
         for text in texts:
@@ -259,6 +266,15 @@ def pick(
     if not measured:
         raise UsageError(f"no trial that meets the conditions has a number for {minimize or maximize}")
     return (min if minimize else max)(measured, key=lambda row: row[goal])
+
+
+def _refuse_several_threats(rows: Sequence[Row]) -> None:
+    found = {tuple(value for name, value in row.items() if name.startswith("threat_model:")) for row in rows}
+    if len(found) > 1:
+        raise UsageError(
+            f"these trials were attacked under {len(found)} threat models, whose robust accuracies cannot be compared; "
+            "sweep each into a folder of its own"
+        )
 
 
 def _condition(text: str) -> tuple[str, float]:
