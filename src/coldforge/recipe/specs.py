@@ -198,6 +198,10 @@ class ComputeSpec(Spec):
     num_nodes: int = Field(default=1, ge=1)
     """Machines that train one network together, started by torchrun or SLURM. In the keys of trainings."""
 
+    def in_every_key(self) -> dict[str, object]:
+        """What the key of every stage holds: devices and num_nodes only decide trainings."""
+        return self.model_dump(mode="json", exclude={"devices", "num_nodes"})
+
 
 class Recipe(Spec):
     """Everything a run needs to know. TOML tables and keys carry these names."""

@@ -114,7 +114,7 @@ class Shop:
             reads: which of the data; only that is in the key.
         """
         settings = self.recipe.compute
-        compute = [settings.threads, settings.precision, settings.compile, settings.device]
+        compute = list(settings.in_every_key().values())
         if trains and settings.devices * settings.num_nodes > 1:
             compute += [settings.devices, settings.num_nodes]
         keys = tuple(stage.key for stage in inputs)

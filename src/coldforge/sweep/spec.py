@@ -49,10 +49,8 @@ _ELSEWHERE = {
     "compute.num_nodes": "`coldforge run`, which trains one network on several machines",
 }
 """Keys of a recipe that a sweep sets by itself, to what is to be said in their place."""
-_COLUMNS = {*StageRecord.model_fields, "trial", "masking", "exported", "n_attacked"}
+_COLUMNS = {*StageRecord.model_fields, "trial", "exported", "images", "n_attacked"}
 """Names that an axis cannot have: columns of the table are called so."""
-_COMPUTE = ("threads", "precision", "compile", "device")
-"""Keys of [compute] that a trial is known by; the others are the same in all sweeps."""
 
 
 class Grid(Spec):
@@ -215,7 +213,7 @@ def expand(spec: SweepSpec) -> list[Trial]:
                     continue
                 recipe = load_recipe(base, overrides={**settings, "seed": seed})
                 decides = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in _NAMES}
-                decides["compute"] = {key: decides["compute"][key] for key in _COMPUTE}
+                decides["compute"] = recipe.compute.in_every_key()
                 name = spec_hash(decides)[:12]
                 if name not in trials:
                     trials[name] = Trial(name, point, seed, _sharing(recipe, parts))
