@@ -218,6 +218,25 @@ def test_one_pixel_without_gradient_does_not_stop_the_search(task: tuple[nn.Modu
     assert found.fooled.sum() >= plain.fooled.sum() - 3
 
 
+def test_no_gradient_is_computed_where_it_would_not_be_used(task: tuple[nn.Module, Tensor, Tensor]) -> None:
+    """Two passes a step, one of them without; and the same result as where every pass has one."""
+    model, images, labels = task
+    seeing, blind = [], []
+
+    def spy(x: Tensor) -> Tensor:
+        (seeing if x.requires_grad else blind).append(len(x))
+        return model(x)
+
+    def uneven(x: Tensor) -> Tensor:  # rounds differently without gradients: must not be asked without
+        return model(x) * (1.0 if x.requires_grad else 1.0 + 1e-6)
+
+    fab = FAB(steps=30, n_targets=3)
+    found, expected = (fab(each, images, labels, ThreatModel("linf", 0.2)) for each in (spy, uneven))
+    assert 0.4 < len(blind) / (len(seeing) + len(blind)) < 0.6
+    for what in ("fooled", "adversarial", "step", "restart", "queries", "margin", "finished", "disputed"):
+        assert torch.equal(getattr(found, what), getattr(expected, what)), what
+
+
 @pytest.mark.parametrize("threat_model", [ThreatModel("l2", 1.0), ThreatModel("linf", 0.1, box=False)])
 @pytest.mark.parametrize("name", ["fab-t", "autoattack"])
 def test_other_threat_models_are_refused(

@@ -52,6 +52,8 @@ class Slots:
     target: Tensor  # (T,), the class that a targeted attack wants; -1 without
     key: Tensor  # (T,) int64, names the image's random numbers
     refused: Tensor  # (T,) bool: misclassified at points, but the judge is right there
+    held: Tensor  # (T,) bool: points are those of the pass before, where a gradient was wanted and there was none
+    blind: bool = False  # whether this pass gave no gradients
     memory: dict[str, Tensor] = field(default_factory=dict)  # what the attack remembers of each image, (T, ...)
 
     def take(self, rows: Tensor) -> None:
@@ -125,6 +127,12 @@ class Attack(Spec, ABC):
     def passes(self, classes: int) -> float:
         """Time of the attack on an image that stands, in forward passes."""
         return self.runs(classes) * (self.steps + 1) * (WITH_GRADIENT if self.uses_gradients else 1.0)
+
+    def wants_gradients(self, slots: Slots, busy: Tensor) -> bool:
+        """Whether the coming pass must give gradients. Where it gives none (``slots.blind``), ``advance`` leaves the
+        images that need them where they are (``slots.held``); which pass they get them in must not change anything.
+        """
+        return True
 
     def targets(self, model: Classifier, images: Tensor, labels: Tensor) -> Tensor | None:
         """The class wanted in each run ``(N, runs)``; None: any wrong one."""
@@ -211,6 +219,7 @@ class Attack(Spec, ABC):
                         which, run = waiting.popleft()
                         image[row], slots.step[row], slots.run[row] = which, 0, run
                         slots.key[row] = seed_of(seed, self.name, int(names[which]), run)
+                    slots.held[free] = False
                     at = image[free]
                     slots.clean[free], slots.labels[free] = images[at], labels[at]
                     if targets is not None:
@@ -226,7 +235,10 @@ class Attack(Spec, ABC):
                         rows = torch.cat([busy.nonzero()[:, 0], (~busy).nonzero()[:, 0]])[:size]
                         slots.take(rows)
                         image, busy = image[rows], busy[rows]
-                direction = (lambda logits: self.direction(logits, slots)) if self.uses_gradients else None
+                slots.blind = not self.uses_gradients or (
+                    not self.wants_gradients(slots, busy) and tiles.blind(len(image))
+                )
+                direction = None if slots.blind else (lambda logits: self.direction(logits, slots))
                 slots.logits, gradient = query(model, slots.points, direction)
                 if gradient is not None:  # one pixel without a slope must not stop the search in all others
                     slots.gradient = gradient.nan_to_num(nan=0.0, posinf=_STEEPEST, neginf=-_STEEPEST)
@@ -239,6 +251,7 @@ class Attack(Spec, ABC):
                 if finished and on_done is not None:
                     on_done(result, finished)
                 image[done | ended] = -1
+                slots.held = torch.zeros_like(busy)
                 moved = self.advance(slots, threat_model)
                 slots.points = threat_model.project(moved, slots.clean) if self.projects else moved
                 slots.step += 1
@@ -266,7 +279,7 @@ class Attack(Spec, ABC):
         busy = image >= 0
         rows = busy.nonzero()[:, 0]
         at = image[rows]
-        result.queries[at] += 1
+        result.queries[at] += (~slots.held[rows]).long()
         margin = margins(slots.logits, slots.labels)
         if not self.projects:
             far = threat_model.size(slots.points - slots.clean) > _NEARLY * threat_model.eps
@@ -345,4 +358,5 @@ def _empty_slots(images: Tensor) -> Slots:
         target=numbers(-1),
         key=numbers(0),
         refused=torch.zeros(TILE, dtype=torch.bool),
+        held=torch.zeros(TILE, dtype=torch.bool),
     )

@@ -3,7 +3,9 @@
 Croce and Hein, *Minimally distorted adversarial examples with a fast adaptive boundary attack*, ICML 2020 (arXiv
 1907.02044), algorithm 1, targeted form of AutoAttack, linf. Deviations: an image leaves as soon as a point inside the
 ball is misclassified, since a smaller one would not change the verdict; every point is judged; the logits of a point
-that is not adversarial serve its gradient too, so that such a step takes one forward pass (the published code: two);
+that is not adversarial serve its gradient too, so that such a step takes one forward pass (the published code: two),
+and no gradient is computed after a projection, whose point is nearly always adversarial: the few images whose is not
+are asked once more;
 it is remembered how near points outside the ball came, so that a search in bfloat16 can be repeated in float32; where a
 judge contradicts the network, the boundary is sought as far behind as he demands; the projection onto a hyperplane
 inside the box is solved by Newton's method, not by sorting.
@@ -77,16 +79,25 @@ class FAB(Attack):
         gap = -margins(slots.logits, slots.labels)
         memory["aim"][slots.step == 0] = 0.0
         memory["aim"] = torch.where(slots.refused, torch.maximum(memory["aim"], gap), memory["aim"])
-        fresh = memory["projected"] & (slots.step > 0)
-        back = fresh & (gap > memory["aim"])
-        slots.step[back] -= 1  # not a step of its own: the base class adds one
-        memory["projected"] = ~back
+        back = self._fresh(slots) & (gap > memory["aim"])
+        slots.held = ~back & slots.blind
+        ahead = ~back & ~slots.held
+        slots.step[~ahead] -= 1  # not a step of its own: the base class adds one
+        memory["projected"] = ahead
         clean, points = slots.clean, slots.points
-        moved = clean + BETA * (points - clean)
-        ahead = (~back).nonzero()[:, 0]
-        if len(ahead):
-            moved[ahead] = _towards_boundary(slots, ahead)
+        moved = torch.where(slots.held[:, None, None, None], points, clean + BETA * (points - clean))
+        rows = ahead.nonzero()[:, 0]
+        if len(rows):
+            moved[rows] = _towards_boundary(slots, rows)
         return moved
+
+    def wants_gradients(self, slots: Slots, busy: Tensor) -> bool:
+        """Not where most points were just projected: nearly all of those are adversarial, and only step back."""
+        return not slots.memory or 2 * int((self._fresh(slots) & busy).sum()) < int(busy.sum())
+
+    def _fresh(self, slots: Slots) -> Tensor:
+        """Which points were reached by a projection."""
+        return slots.memory["projected"] & (slots.step > 0)
 
 
 def _towards_boundary(slots: Slots, rows: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ class Tiles:
         self._model, self._shape, self._gradients = model, tuple(shape), gradients
         self._usual: list[Tensor] = []  # what a tile of the usual size is answered
         self._alike: dict[int, bool] = {TILE: True}
+        self._blind: dict[int, bool] = {}
 
     def next(self, size: int, busy: int, passes: int) -> int:
         """The size to go on with when nothing waits any more.
@@ -69,6 +70,14 @@ class Tiles:
             same = [torch.equal(usual[:size], one) for usual, one in zip(self._usual, found, strict=False)]
             self._alike[size] = bool(same) and all(same)
         return self._alike[size]
+
+    def blind(self, size: int) -> bool:
+        """Whether a tile of ``size`` gets the same logits where no gradients are wanted."""
+        if size not in self._blind:
+            images = torch.rand(size, *self._shape, generator=torch.Generator().manual_seed(0))
+            with untouched(self._model):
+                self._blind[size] = torch.equal(self._ask(images)[0], query(self._model, images, None)[0])
+        return self._blind[size]
 
     def _ask(self, images: Tensor) -> list[Tensor]:
         def direction(logits: Tensor) -> Tensor:
