@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from coldforge.errors import UsageError
 from coldforge.records import Record, load_record
-from coldforge.sweep.run import ADDED, SWEEP
+from coldforge.sweep.run import SWEEP
 from coldforge.sweep.table import Row, Sweep, load_results
 
 Compression = Literal["none", "pruning", "quantization"]
@@ -161,9 +161,9 @@ def _record(sweep: Sweep, trial: str) -> Record:
 
 
 def _settings(folder: Path) -> str:
-    """A digest of all that a sweep says of its trials, seeds aside."""
+    """A digest of all that a sweep and the recipe behind it say of its trials, seeds aside."""
     written = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
-    said = {key: value for key, value in written.items() if key not in ("seeds", *ADDED)}
+    said = {key: value for key, value in written.items() if key not in ("seeds", "trials", "stages")}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
 
