@@ -51,6 +51,16 @@ def test_everything_at_once_ends_in_a_file_that_agrees(recipe, forge_again, mode
     assert not [path for path in (tmp_path / "store").rglob("checkpoint*") if path.is_file()], "nothing is left behind"
 
 
+def test_the_natural_arm_may_have_a_rate_of_its_own(recipe, forge_again, tmp_path):
+    changes = {"finetune.arms": ["natural", "adversarial"], "finetune.epochs": 2, "finetune.float_epochs": 1}
+    store = Store(tmp_path / "store")
+    for natural, part in ((0.0, 1.0), (0.002, 0.2)):
+        made = forge_again(recipe({**changes, "finetune.natural_lr": natural}), store, tmp_path / f"{natural}")
+        slow, fast = (made.record.stage("tuned", arm).curve for arm in ("natural", "adversarial"))
+        assert [point.lr for point in slow] == pytest.approx([part * point.lr for point in fast])
+    assert not [label for label in made.spy.built if "adversarial" in label and "fine-tune" in label]
+
+
 def test_every_layer_keeps_its_floor_in_several_steps_too(recipe, forge_again, tmp_path):
     changes = {
         "finetune.arms": ["none"], "deploy.arm": "none", "prune.ratio": 0.6, "prune.steps": 3, "prune.scope": "global",

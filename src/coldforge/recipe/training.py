@@ -89,6 +89,9 @@ class FinetuneSpec(TrainSpec):
     below it the first of three or more. After one at least, BatchNorm stays until the network has been trained."""
     float_lr: Number = Field(default=0.0, ge=0)
     """Peak learning rate of these; 0: lr."""
+    natural_lr: Number = Field(default=0.0, ge=0)
+    """Peak learning rate of the natural arm, in floating point and after; 0: that of the adversarial one, which has
+    farther to go."""
     lr: Number = Field(default=0.03, gt=0)
     """Peak learning rate."""
     weight_decay: Number = Field(default=1e-4, ge=0)

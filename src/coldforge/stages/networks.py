@@ -255,8 +255,9 @@ def _parts(shop: Shop, arm: str) -> tuple[TrainSpec | None, TrainSpec | None]:
         only_adversarial = {name: getattr(plain, name) for name in ("attack", "beta", "soft", "temperature", "awp")}
         spec = spec.model_copy(update={**only_adversarial, "objective": "natural", "eps_ramp": 0.0})
     in_float = whole.epochs_in_float(shop.recipe.quantize.fewest_bits)
-    first = {"epochs": in_float, "lr": whole.float_lr or whole.lr, "bits_ramp": 0.0}
-    rest: dict[str, object] = {"epochs": whole.epochs - in_float}
+    lr = whole.natural_lr if arm == "natural" else 0.0
+    first = {"epochs": in_float, "lr": lr or whole.float_lr or whole.lr, "bits_ramp": 0.0}
+    rest: dict[str, object] = {"epochs": whole.epochs - in_float, "lr": lr or whole.lr}
     if in_float:
         rest["eps_ramp"] = 0.0  # the network is robust already
     before, after = spec.model_copy(update=first), spec.model_copy(update=rest)
