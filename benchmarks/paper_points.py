@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from coldforge.errors import UsageError
 from coldforge.records import Record, load_record
-from coldforge.sweep.run import SWEEP
+from coldforge.sweep.folder import SWEEP
 from coldforge.sweep.table import Row, Sweep, load_results
 
 Compression = Literal["none", "pruning", "quantization"]

@@ -218,7 +218,7 @@ def test_pitfall_13_fewer_than_four_classes(task: tuple[nn.Module, Tensor, Tenso
 def test_pitfall_12_losses_of_confident_logits_can_still_be_compared() -> None:
     """Cross-entropy of both rows is 0 in float64 (the gaps are 800 and 801), and exactly the same."""
     logits = torch.tensor([[0.0, -800.0, -900.0, -900.0], [0.0, -801.0, -900.0, -900.0]])
-    slots = Slots(*[torch.empty(0)] * 10)
+    slots = Slots(*[torch.empty(0)] * 11)
     slots.logits, slots.labels = logits, torch.zeros(2, dtype=torch.int64)
     assert F.cross_entropy(logits.double(), slots.labels, reduction="none").tolist() == [0.0, 0.0]
     loss = APGD(loss="ce")._loss(slots)

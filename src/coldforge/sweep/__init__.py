@@ -1,9 +1,10 @@
 """Sweeps: many trials of one recipe, their common stages made once, on one machine or a cluster."""
 
 from coldforge.sweep.executors import Executor, make_executor
+from coldforge.sweep.folder import Failure, alone_in
 from coldforge.sweep.graph import Graph, Task, Workshop
 from coldforge.sweep.outcome import Outcome
-from coldforge.sweep.run import Failure, Listener, State, alone_in, conduct, survey, time_left
+from coldforge.sweep.run import Listener, State, conduct, survey, time_left
 from coldforge.sweep.spec import SweepSpec, Trial, expand, load_sweep
 from coldforge.sweep.workshop import RecipeWorkshop
 

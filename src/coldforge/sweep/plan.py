@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from coldforge.errors import UsageError
+from coldforge.sweep.folder import ADDED, SWEEP
 from coldforge.sweep.graph import counts_by_kind
-from coldforge.sweep.run import ADDED, SWEEP, State
+from coldforge.sweep.run import State
 from coldforge.sweep.spec import SweepSpec, Trial, expand
 
 _MOST_SHARED = 8

@@ -2,12 +2,6 @@
 
 Everything that it knows stands in the store and in the sweep's folder, so a sweep that was killed is continued by the
 same call: stages that are there are not made again, and a failed one is not tried again unless that is asked for.
-
-    <out>/sweep.json       the file as it was read, every trial with its point, and what sharing saves
-    <out>/records/ID.json  one record a finished trial
-    <out>/failures.json    what failed, with its traceback
-    <out>/table.parquet    one row a stage, and table.csv
-    <out>/report.html      all of it to look at
 """
 
 from __future__ import annotations
@@ -15,36 +9,19 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from coldforge.errors import StoreError, UsageError
 from coldforge.sealed import write_atomic
 from coldforge.spec import spec_hash
 from coldforge.sweep.executors import Executor
+from coldforge.sweep.folder import FAILURES, RECORDS, SWEEP, Failure, load_failures, record_path, writing, written
 from coldforge.sweep.graph import EXCLUSIVE, Graph, Workshop
 from coldforge.sweep.outcome import Outcome, attempt
 from coldforge.sweep.spec import SweepSpec, Trial, base_of
-
-SWEEP, RECORDS, FAILURES = "sweep.json", "records", "failures.json"
-ADDED = ("base", "trials", "stages")
-"""Keys of ``sweep.json`` that are not of the sweep's file."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A stage that could not be made."""
-
-    label: str
-    error: str
-    details: str
-    trials: tuple[str, ...] = ()
-    """Ids of those that cannot be finished because of it; filled in where it is written."""
 
 
 @dataclass
@@ -103,30 +80,6 @@ class Listener:
         """A stage was begun, made or failed, or a trial finished."""
 
 
-@contextmanager
-def alone_in(out: Path) -> Iterator[None]:
-    """Keep every other sweep out of a folder: each writes what it knows, and nothing of the other.
-
-    Raises:
-        UsageError: another sweep is at work there.
-        StoreError: the folder cannot be written.
-    """
-    with _writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UsageError(
-                f"another sweep is at work in {out}; wait for it, or name another folder with --out: they share the "
-                "store all the same"
-            ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def survey(spec: SweepSpec, trials: Sequence[Trial], workshop: Workshop, out: Path | None = None) -> State:
     """What must be done, what is there, and what failed before; nothing is computed."""
     graph = Graph.of(trials, workshop)
@@ -137,7 +90,7 @@ def survey(spec: SweepSpec, trials: Sequence[Trial], workshop: Workshop, out: Pa
         earlier = _earlier(out, spec)
         ours = {trial.id for trial in trials}
         state.others = [trial for trial in earlier if trial["id"] not in ours and trial["seed"] not in spec.seeds]
-        state.dropped = len(_written(out).get("trials", ())) - sum(trial["id"] in ours for trial in earlier)
+        state.dropped = len(written(out).get("trials", ())) - sum(trial["id"] in ours for trial in earlier)
         state.dropped -= len(state.others)
         others = {trial["id"] for trial in state.others}
         for key, failure in load_failures(out).items():
@@ -148,7 +101,7 @@ def survey(spec: SweepSpec, trials: Sequence[Trial], workshop: Workshop, out: Pa
                 state.elsewhere[key] = failure
         made_of = {trial["id"]: str(trial.get("made_of")) for trial in earlier}
         for trial, keys in zip(trials, graph.needed, strict=True):
-            if _record(out, trial).is_file():
+            if record_path(out, trial).is_file():
                 if made_of.get(trial.id) == _made_of(keys):
                     state.finished.add(trial.id)
                 else:
@@ -156,18 +109,11 @@ def survey(spec: SweepSpec, trials: Sequence[Trial], workshop: Workshop, out: Pa
     return state
 
 
-def _written(out: Path) -> dict[str, Any]:
-    """The sweep's file as an earlier call left it."""
-    path = out / SWEEP
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
-
-
 def _earlier(out: Path, spec: SweepSpec) -> list[dict[str, Any]]:
     """The trials that an earlier call left, perhaps of other seeds; none where it was another sweep, by its file or by
     the recipe that the file names.
     """
-    before = _written(out)
+    before = written(out)
     if before and before.get("name") != spec.name:
         raise UsageError(f"--out: {out} holds another sweep; name another folder")
     aside = {"seeds", "description"} | ({"recipe"} if "base" in before else set())  # where that lies, does not matter
@@ -181,10 +127,6 @@ def _earlier(out: Path, spec: SweepSpec) -> list[dict[str, Any]]:
 def _made_of(keys: Sequence[str]) -> str:
     """What a record is made of, in short: one that is made of other stages must be written anew."""
     return spec_hash(*keys)[:16]
-
-
-def _record(out: Path, trial: Trial) -> Path:
-    return out / RECORDS / f"{trial.id}.json"
 
 
 def conduct(
@@ -304,8 +246,8 @@ class _Conductor:
     def _finish(self, number: int) -> None:
         trial = self._state.trials[number]
         if trial.id not in self._state.finished:
-            with _writing(self._out):
-                self._workshop.finish(trial, _record(self._out, trial))
+            with writing(self._out):
+                self._workshop.finish(trial, record_path(self._out, trial))
             self._state.finished.add(trial.id)
 
 
@@ -336,16 +278,8 @@ def time_left(state: State, slots: int) -> float | None:
 # --- the folder ------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(f"cannot write the sweep into {out}: {error.strerror or error}") from error
-
-
 def _prepare(state: State, out: Path) -> None:
-    with _writing(out):
+    with writing(out):
         (out / RECORDS).mkdir(parents=True, exist_ok=True)
     _write_sweep(state, out)
     if state.failures or (out / FAILURES).exists():
@@ -369,17 +303,8 @@ def _write_sweep(state: State, out: Path) -> None:
     base = base_of(state.spec)
     content = {**state.spec.model_dump(mode="json"), "base": base, "trials": [*state.others, *trials], "stages": stages}
     content["seeds"] = sorted({trial["seed"] for trial in content["trials"]})
-    with _writing(out):
+    with writing(out):
         write_atomic(out / SWEEP, json.dumps(content, indent=1, default=str) + "\n")
-
-
-def load_failures(out: Path) -> dict[str, Failure]:
-    """What failed in a sweep's folder, by key; none where there is no such file."""
-    path = out / FAILURES
-    if not path.is_file():
-        return {}
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return {key: Failure(**{**values, "trials": tuple(values.get("trials", ()))}) for key, values in found.items()}
 
 
 def _write_failures(out: Path, state: State) -> None:
@@ -388,7 +313,7 @@ def _write_failures(out: Path, state: State) -> None:
         lost.setdefault(key, []).append(trial)
     ours = {key: {**asdict(failure), "trials": lost.get(key, [])} for key, failure in state.failures.items()}
     content = {**{key: asdict(failure) for key, failure in state.elsewhere.items()}, **ours}
-    with _writing(out):
+    with writing(out):
         write_atomic(out / FAILURES, json.dumps(content, indent=1) + "\n")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from coldforge.errors import UsageError
 from coldforge.records import Record, StageRecord
 from coldforge.sealed import write_atomic
-from coldforge.sweep.run import RECORDS, SWEEP, Failure, load_failures
+from coldforge.sweep.folder import RECORDS, SWEEP, Failure, load_failures
 from coldforge.sweep.spec import say
 
 PARQUET, CSV = "table.parquet", "table.csv"
