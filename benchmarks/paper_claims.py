@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from paper_points import Compression, Point, Read
@@ -182,10 +182,6 @@ def say(level: float, compression: Compression) -> str:
     return f"{level:.0f} bit" + "s" * (level != 1)
 
 
-def _mean(values: Iterable[float]) -> float:
-    return statistics.fmean(values)
-
-
 def _pc(value: float) -> str:
     return f"{100 * value:.1f} %"
 
@@ -327,12 +323,12 @@ def cheaper(case: Case) -> Finding:
     """Close to dense adversarial training at a fraction of its cost, in a smaller network."""
     robust = as_robust_as_dense("pruning", HALF)(case)
     small, dense = case.of("pruning", HALF, "natural", "adversarial"), case.dense("adversarial")
-    adversarial = _mean(point.train_macs for point in dense)
+    adversarial = statistics.fmean(point.train_macs for point in dense)
     if not adversarial:
         raise Missing
-    training = _mean(point.train_macs for point in small) / adversarial
-    before = _mean(point.train_macs for point in case.dense("natural")) / adversarial
-    inference = _mean(point.macs for point in small) / _mean(point.macs for point in dense)
+    training = statistics.fmean(point.train_macs for point in small) / adversarial
+    before = statistics.fmean(point.train_macs for point in case.dense("natural")) / adversarial
+    inference = statistics.fmean(point.macs for point in small) / statistics.fmean(point.macs for point in dense)
     whole = f"{_pc(training + before)} with the natural training before it" if before else (
         "the natural training before it not counted, as a checkpoint was given"
     )  # fmt: skip

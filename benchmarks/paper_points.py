@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from coldforge.errors import UsageError
 from coldforge.records import Record, load_record
-from coldforge.sweep.folder import SWEEP
+from coldforge.sweep.folder import written
 from coldforge.sweep.table import Row, Sweep, load_results
 
 Compression = Literal["none", "pruning", "quantization"]
@@ -162,8 +162,7 @@ def _record(sweep: Sweep, trial: str) -> Record:
 
 def _settings(folder: Path) -> str:
     """A digest of all that a sweep and the recipe behind it say of its trials, seeds aside."""
-    written = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
-    said = {key: value for key, value in written.items() if key not in ("seeds", "trials", "stages")}
+    said = {key: value for key, value in written(folder).items() if key not in ("seeds", "trials", "stages")}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -83,12 +83,15 @@ def _row(shop: Shop, made: Arrow, row: str) -> StageRecord:
     name, label = LABELS[row]
     cost = shop.result(made.files[made.artifact if row == "artifact" else row])
     cost = {key: value for key, value in cost.items() if key != "sha256"}
-    outcomes = [shop.result(network) for network in _trained(made, row)]
-    trained = joined_outcomes([outcome for outcome in outcomes if outcome])  # a checkpoint that was given has none
+    outcomes = {each: shop.result(network) for each, network in _trained(made, row).items()}
+    told = [each for each in outcomes if each != row and f"evaluate: {each}" in made.evidence]  # by rows of their own
+    trained = joined_outcomes([outcome for each, outcome in outcomes.items() if outcome and each not in told])
     timed = made.evidence.get("measure")
     measured = {"latency": {}, "energy": {}} if timed is None else shop.result(timed)
     energy = measured["energy"].get(row, {})
     notes = list(trained["notes"])
+    if row == "artifact" and made.artifact in told:  # what a reader must know of a network, he must know of its file
+        notes += outcomes[made.artifact].get("notes", [])
     agreed: AgreementRecord | None = None
     if row == "artifact":
         found = shop.result(made.evidence["agree"])
@@ -113,16 +116,15 @@ def _row(shop: Shop, made: Arrow, row: str) -> StageRecord:
     )
 
 
-def _trained(made: Arrow, row: str) -> list[Stage]:
-    """The networks whose training a row tells of: its own, and what no row before it tells of, such as the training
-    between steps of pruning where the compressed network was not evaluated.
+def _trained(made: Arrow, row: str) -> dict[str, Stage]:
+    """Row to the network whose training it tells of: of this one, and of those before it on the way from the baseline
+    (the parent may have been trained between steps of pruning).
     """
+    source = made.artifact if row == "artifact" else row
     if row in ("baseline", "reference", "control"):
-        return [made.networks[row]]
-    parent, source = "compressed", made.artifact if row == "artifact" else row
-    steps = {parent: made.networks["parent"]} | ({} if source == parent else {source: made.networks[source]})
-    said = [each for each in steps if each != row and f"evaluate: {each}" in made.evidence]
-    return [stage for each, stage in steps.items() if each not in said]
+        return {row: made.networks[row]}
+    after = {} if source == "compressed" else {source: made.networks[source]}
+    return {"compressed": made.networks["parent"], **after}
 
 
 def _warnings(cost: dict[str, Any], agreed: dict[str, Any]) -> list[str]:

@@ -62,6 +62,7 @@ def sweep(
     """
     from coldforge.console import print_json
     from coldforge.console_sweep import SweepListener, print_plan, print_sweep
+    from coldforge.pipeline import resolve
     from coldforge.report.sweep import draw_sweep
     from coldforge.store import Store
     from coldforge.sweep import RecipeWorkshop, alone_in, conduct, expand, load_sweep, make_executor, survey
@@ -71,7 +72,7 @@ def sweep(
     spec = load_sweep(file, overrides=set_, seeds=seeds)
     folder = out or Path(f"sweep-{spec.name}")
     workshop = RecipeWorkshop(Store())
-    trials = [workshop.resolved(trial) for trial in expand(spec)]
+    trials = expand(spec, resolve=resolve)
     if dry_run:
         state = survey(spec, trials, workshop, folder)
         plan = plan_of(state, workshop.macs_per_second(trials[0]) if state.done != set(state.graph.tasks) else 1.0)

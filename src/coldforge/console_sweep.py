@@ -18,6 +18,7 @@ from rich.table import Table
 
 from coldforge.console import LINE_EVERY_S, about, print_table
 from coldforge.report import text
+from coldforge.report.sweep_rows import verdict_of
 from coldforge.sweep import Listener, State, time_left
 from coldforge.sweep.graph import counts_by_kind
 from coldforge.sweep.plan import Plan, notes_on
@@ -148,17 +149,17 @@ def print_plan(plan: Plan) -> None:
 def print_sweep(results: Sweep, state: State, page: Path) -> None:
     """The artifacts, means over seeds, what failed, and what was written."""
     found = [mean for mean in over_seeds(results) if mean.stage.startswith("artifact")]
-    suspect = [mean for mean in found if any(row["masking"] == "suspect" for row in mean.rows)]
+    suspect = [verdict_of(mean.rows) == "suspect" for mean in found]
     rows = [
         (
             *mean.point,
             mean.n,
             _with_spread(mean.mean, mean.spread, "clean_accuracy"),
-            _with_spread(mean.mean, mean.spread, "robust:worst_case") + (" SUSPECT" if mean in suspect else ""),
+            _with_spread(mean.mean, mean.spread, "robust:worst_case") + (" SUSPECT" if flagged else ""),
             text.size(round(mean.mean["size_bytes"])),
             text.big(mean.mean["macs"]),
         )
-        for mean in found
+        for mean, flagged in zip(found, suspect, strict=True)
     ]
     print_table((*results.axes, "seeds", "clean %", "robust % (worst case)", "file", "MACs"), rows)
     lost = state.lost
@@ -167,7 +168,7 @@ def print_sweep(results: Sweep, state: State, page: Path) -> None:
             sys.stdout.write(f"failed: {trial.label}: {lost[trial.id]}\n")
     if lost:
         sys.stdout.write("--retry-failed tries again what failed\n")
-    if suspect:
+    if any(suspect):
         sys.stdout.write("SUSPECT: the masking panel does not believe this robust accuracy (report.html says why)\n")
     graph = state.graph
     if graph.macs_alone:

@@ -33,6 +33,8 @@ def test_everything_at_once_ends_in_a_file_that_agrees(recipe, forge_again, mode
     assert any(note.startswith("kept epoch") for note in tuned.notes)
     assert [point.epoch for point in compressed.curve] == [1], "trained between two steps of pruning"
     assert compressed.train_macs > 0
+    assert artifact.notes[: len(tuned.notes)] == tuned.notes, "what is said of a network is said of its file"
+    assert artifact.train_macs == 0
     only = recipe({**STRONG, "evaluate.stages": ["artifact"]})
     (alone,) = forge_again(only, Store(tmp_path / "store"), tmp_path / "only").record.stages
     assert alone.train_macs == compressed.train_macs + tuned.train_macs, "no row that is left out hides its cost"

@@ -388,6 +388,15 @@ def test_another_recipe_behind_the_same_file_is_another_sweep(tmp_path, record, 
         assert trial_of(tmp_path / "out", trial).recipe.finetune.epochs == 9
 
 
+def test_a_sweep_that_grows_keeps_its_records(tmp_path, record):
+    """A trial's name says all that decides it: more values of an axis make no other trials of the old ones."""
+    small = spec(axes={**AXES, "prune.ratio": [0.1, 0.3]})
+    run(tmp_path, record, given=small)
+    state = survey(spec(), expand(spec()), ToyWorkshop(tmp_path / "store", record), tmp_path / "out")
+    assert state.finished == {trial.id for trial in expand(small)}
+    assert notes_on(state) == []
+
+
 class Renewed(ToyWorkshop):
     """After a change of the code that makes leaves."""
 

@@ -60,7 +60,7 @@ class Tiles:
     def alike(self, size: int) -> bool:
         """Whether each image of a tile of ``size``, a smaller one, gets what it gets in one of the usual size."""
         if size not in self._alike:
-            images = torch.rand(TILE, *self._shape, generator=torch.Generator().manual_seed(0))
+            images = self._images()
             with untouched(self._model):
                 self._usual = self._usual or self._ask(images)
                 try:
@@ -74,10 +74,14 @@ class Tiles:
     def blind(self, size: int) -> bool:
         """Whether a tile of ``size`` gets the same logits where no gradients are wanted."""
         if size not in self._blind:
-            images = torch.rand(size, *self._shape, generator=torch.Generator().manual_seed(0))
+            images = self._images()[:size]
             with untouched(self._model):
                 self._blind[size] = torch.equal(self._ask(images)[0], query(self._model, images, None)[0])
         return self._blind[size]
+
+    def _images(self) -> Tensor:
+        """A tile to try things with."""
+        return torch.rand(TILE, *self._shape, generator=torch.Generator().manual_seed(0))
 
     def _ask(self, images: Tensor) -> list[Tensor]:
         def direction(logits: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def target_width(width: int, ratio: float, *, round_to: int = 8, min_width: int 
 
     Args:
         width: channels before.
-        ratio: part to remove, 0 <= ratio < 1.
+        ratio: part to remove, 0 <= ratio <= 1.
         round_to: the result is a multiple of it, or ``width``.
         min_width: least width.
         blocks: groups of a grouped convolution, which all must keep as many; the result is also a multiple of it.
@@ -305,16 +305,10 @@ class _Part:
     def width(self) -> int:
         return self.rows.numel()
 
-    def narrowest(self, spec: PruneSpec) -> int:
-        """Channels that stay whatever the scores say: at least the floor, in whole steps."""
-        step = math.lcm(spec.round_to, len(self.rows))
-        least = max(round(self.width * spec.floor, 6), spec.min_width, 1)
-        return min(self.width, math.ceil(least / step) * step)
-
-    def kept(self, ratio: float, spec: PruneSpec) -> int:
-        """Channels that stay at a ratio of its own."""
-        blocks = len(self.rows)
-        return target_width(self.width, ratio, round_to=spec.round_to, min_width=spec.min_width, blocks=blocks)
+    def kept(self, ratio: float, spec: PruneSpec, *, floor: float = 0.0) -> int:
+        """Channels that stay at a ratio of its own, and at least the part ``floor`` of them."""
+        least = max(spec.min_width, math.ceil(round(self.width * floor, 6)))
+        return target_width(self.width, ratio, round_to=spec.round_to, min_width=least, blocks=len(self.rows))
 
     def worst(self, surplus: int) -> list[int]:
         """The ``surplus`` channels with the least scores."""
@@ -361,12 +355,8 @@ def _surplus(parts: Sequence[_Part], spec: PruneSpec) -> list[int]:
     wanted = spec.ratio * sum(part.width * part.layers for part in parts)
 
     def lost(threshold: float) -> list[int]:
-        found = []
-        for part, score in zip(parts, relative, strict=True):
-            ratio = float((score < threshold).double().mean())
-            kept = part.kept(ratio, spec) if ratio < 1 else part.narrowest(spec)
-            found.append(part.width - max(kept, part.narrowest(spec)))
-        return found
+        ratios = [float((score < threshold).double().mean()) for score in relative]
+        return [part.width - part.kept(r, spec, floor=spec.floor) for part, r in zip(parts, ratios, strict=True)]
 
     def excess(threshold: float) -> float:
         removed = sum(count * part.layers for count, part in zip(lost(threshold), parts, strict=True))

@@ -28,7 +28,7 @@ from coldforge.report.sweep_rows import (
     values_of,
 )
 from coldforge.report.table import LITERAL
-from coldforge.sweep.table import Sweep, load_results
+from coldforge.sweep.table import Sweep, load_results, threat_models
 
 PAGE = "report.html"
 
@@ -106,7 +106,7 @@ def _headline(sweep: Sweep, found: list[Answer]) -> str:
     start = f"{finished} of {sweep.trials} trials {'is' if finished == 1 else 'are'} finished."
     if not found:
         why = "the masking verdict of each is suspect" if _all_suspect(sweep) else "none was attacked"
-        why = "they are of several threat models" if len(_threats(sweep)) > 1 else why
+        why = "they are of several threat models" if len(threat_models(sweep.rows)) > 1 else why
         return f"{start} No robust accuracy of an artifact can be named: {why}."
     best, rest = found[0], found[1:]
     kept = f"{best.robust.partition(' (')[0]} (worst case{f', {best.flag}' if best.flag else ''})"
@@ -142,14 +142,8 @@ def _cards(sweep: Sweep) -> Iterator[Card]:
         yield Card("Saved by sharing", f"{100 * saved:.0f}", "%", note)
 
 
-def _threats(sweep: Sweep) -> list[tuple[Any, ...]]:
-    """Norm, eps, eps in 255ths and box of each."""
-    parts = ("norm", "eps", "eps_255", "box")
-    return sorted({tuple(row[f"threat_model:{part}"] for part in parts) for row in sweep.rows})
-
-
 def _threat_cards(sweep: Sweep) -> Iterator[Card]:
-    threats = _threats(sweep)
+    threats = threat_models(sweep.rows)
     if not threats:
         return
     flag = "" if all(box for *_, box in threats) else "literal threat model"

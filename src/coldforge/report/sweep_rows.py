@@ -88,7 +88,7 @@ def latency_column(sweep: Sweep) -> str | None:
     """The latency that ``coldforge pick`` means: the artifacts' at batch 1 in their first runtime; None without one."""
     for rows in ([row for row in sweep.rows if row["name"] == "artifact"], list(sweep.rows)):
         try:
-            return column("latency", rows)
+            return column("latency", columns(rows))
         except UsageError:
             continue
     return None

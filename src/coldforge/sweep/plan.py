@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from coldforge.errors import UsageError
-from coldforge.sweep.folder import ADDED, SWEEP
+from coldforge.sweep.folder import ADDED, written
 from coldforge.sweep.graph import counts_by_kind
 from coldforge.sweep.run import State
 from coldforge.sweep.spec import SweepSpec, Trial, expand
@@ -93,11 +92,11 @@ def trial_of(folder: Path, name: str) -> Trial:
     Raises:
         UsageError: the folder does not hold it.
     """
-    content = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
-    written = {key: value for key, value in content.items() if key not in ADDED}
+    content = written(folder)
+    said = {key: value for key, value in content.items() if key not in ADDED}
     if "base" in content:  # the recipe as it was: the file of it may have changed, or lie elsewhere
-        written |= {"recipe": content["base"], "set": {}}
-    for trial in expand(SweepSpec.model_validate(written)):
+        said |= {"recipe": content["base"], "set": {}}
+    for trial in expand(SweepSpec.model_validate(said)):
         if trial.id == name:
             return trial
     raise UsageError(f"{folder}: expected the trial {name}, found none; it is of an earlier sweep")

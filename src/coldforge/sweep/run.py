@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,11 +87,14 @@ def survey(spec: SweepSpec, trials: Sequence[Trial], workshop: Workshop, out: Pa
     done = {key for key, task in graph.tasks.items() if workshop.has(task)}
     state = State(spec, trials, graph, done=done, found=len(done))
     if out is not None:
-        earlier = _earlier(out, spec)
+        before = written(out)
+        if before and before["name"] != spec.name:
+            raise UsageError(f"--out: {out} holds another sweep; name another folder")
         ours = {trial.id for trial in trials}
-        state.others = [trial for trial in earlier if trial["id"] not in ours and trial["seed"] not in spec.seeds]
-        state.dropped = len(written(out).get("trials", ())) - sum(trial["id"] in ours for trial in earlier)
-        state.dropped -= len(state.others)
+        elsewhere = [trial for trial in before.get("trials", ()) if trial["id"] not in ours]
+        if elsewhere and _is_same(before, spec):
+            state.others = [trial for trial in elsewhere if trial["seed"] not in spec.seeds]
+        state.dropped = len(elsewhere) - len(state.others)
         others = {trial["id"] for trial in state.others}
         for key, failure in load_failures(out).items():
             if key in graph.tasks:
@@ -99,7 +102,7 @@ def survey(spec: SweepSpec, trials: Sequence[Trial], workshop: Workshop, out: Pa
                     state.failures[key] = failure
             elif failure.trials and others >= set(failure.trials):
                 state.elsewhere[key] = failure
-        made_of = {trial["id"]: str(trial.get("made_of")) for trial in earlier}
+        made_of = {trial["id"]: str(trial.get("made_of")) for trial in before.get("trials", ())}
         for trial, keys in zip(trials, graph.needed, strict=True):
             if record_path(out, trial).is_file():
                 if made_of.get(trial.id) == _made_of(keys):
@@ -109,19 +112,11 @@ def survey(spec: SweepSpec, trials: Sequence[Trial], workshop: Workshop, out: Pa
     return state
 
 
-def _earlier(out: Path, spec: SweepSpec) -> list[dict[str, Any]]:
-    """The trials that an earlier call left, perhaps of other seeds; none where it was another sweep, by its file or by
-    the recipe that the file names.
-    """
-    before = written(out)
-    if before and before.get("name") != spec.name:
-        raise UsageError(f"--out: {out} holds another sweep; name another folder")
-    aside = {"seeds", "description"} | ({"recipe"} if "base" in before else set())  # where that lies, does not matter
-    now = {key: value for key, value in spec.model_dump(mode="json").items() if key not in aside}
-    same = all(before.get(key) == value for key, value in now.items())
-    if same and "base" in before:
-        same = before["base"] == base_of(spec)
-    return list(before["trials"]) if same and before else []
+def _is_same(before: Mapping[str, Any], spec: SweepSpec) -> bool:
+    """Whether a sweep's file that an earlier call left is of this sweep, seeds aside, and of the same recipe."""
+    now = {**spec.model_dump(mode="json"), "base": base_of(spec)}
+    aside = {"seeds", "description", "recipe" if "base" in before else "base"}  # what a recipe says, not where it lies
+    return all(before.get(key) == value for key, value in now.items() if key not in aside)
 
 
 def _made_of(keys: Sequence[str]) -> str:

@@ -26,13 +26,13 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator
 
 from coldforge.errors import RecipeError, nearest
 from coldforge.recipe import Recipe, load_recipe, parse_override
@@ -51,26 +51,73 @@ _ELSEWHERE = {
 """Keys of a recipe that a sweep sets by itself, to what is to be said in their place."""
 _COLUMNS = {*StageRecord.model_fields, "trial", "exported", "images", "n_attacked"}
 """Names that an axis cannot have: columns of the table are called so."""
+_RANGE = {"from", "to", "step"}
+
+
+def _flat(table: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+    """Tables in tables as dotted keys: TOML reads ``finetune.epochs = 3`` without quotes as a table ``finetune``. A
+    range { from, to, step } is a value.
+    """
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        inner = isinstance(value, Mapping) and not _RANGE & value.keys()
+        found |= _flat(value, f"{within}{key}.") if inner else {f"{within}{key}": value}
+    return found
+
+
+def _settable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the recipe, none of which the sweep sets by itself."""
+    for key in settings:
+        if key in _ELSEWHERE:
+            raise ValueError(f"{key} cannot be set in a sweep; use {_ELSEWHERE[key]}")
+    return settings
+
+
+def _axes(given: object) -> object:
+    """Axis to its values."""
+    if not isinstance(given, Mapping):
+        return given
+    axes = {name: _values(name, item) for name, item in _flat(given).items()}
+    for name, values in axes.items():
+        _settable({name: values})
+        if name in _COLUMNS:
+            raise ValueError(f"an axis cannot be called {name}, as a column of the results is; choose another name")
+        for value in values:
+            if isinstance(value, Mapping):
+                _settable(_flat(value))
+    return axes
+
+
+def _values(axis: str, given: object) -> tuple[object, ...]:
+    if isinstance(given, Mapping):
+        if given.keys() != _RANGE:
+            raise ValueError(f"{axis}: expected a list of values, or {{ from, to, step }}, got {json.dumps(given)}")
+        return tuple(_range(float(given["from"]), float(given["to"]), float(given["step"])))
+    if not isinstance(given, (list, tuple)) or not given:
+        raise ValueError(f"{axis}: expected a list of values, or {{ from, to, step }}, got {given!r}")
+    return tuple(given)
+
+
+def _range(start: float, stop: float, step: float) -> Iterator[float]:
+    if step <= 0 or stop < start:
+        raise ValueError(f"expected a step above 0 and to >= from, got from {start:g} to {stop:g} in steps of {step:g}")
+    for number in range(int((stop - start) / step + 1e-9) + 1):
+        yield round(start + number * step, 10)
+
+
+Settings = Annotated[dict[str, Any], AfterValidator(lambda table: _settable(_flat(table)))]
+"""Changes of a recipe, by dotted keys."""
+Axes = Annotated[dict[str, tuple[Any, ...]], BeforeValidator(_axes)]
+"""Axis to values. An axis is a key of the recipe, or any name whose values are tables of keys; of a table the key
+``label`` names the value."""
 
 
 class Grid(Spec):
     """Every combination of the values of its axes."""
 
-    axes: dict[str, tuple[Any, ...]]
-    """Axis to values. An axis is a key of the recipe, or any name whose values are tables of keys; of a table the key
-    ``label`` names the value."""
-    set: dict[str, Any] = Field(default_factory=dict)
+    axes: Axes
+    set: Settings = Field(default_factory=dict)
     """Changes of the recipe that the trials of this grid share."""
-
-    @field_validator("set", mode="after")
-    @classmethod
-    def _dotted(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return _settable(_flat(value))
-
-    @field_validator("axes", mode="before")
-    @classmethod
-    def _ranges(cls, value: object) -> object:
-        return _axes(value)
 
 
 class SweepSpec(Spec):
@@ -86,24 +133,14 @@ class SweepSpec(Spec):
     """Each trial is made once with each."""
     threads: int = Field(default=1, ge=1)
     """Threads of each trial (compute.threads); part of every stage's key, so that all executors give the same bits."""
-    set: dict[str, Any] = Field(default_factory=dict)
+    set: Settings = Field(default_factory=dict)
     """Changes of the recipe that all trials share."""
-    axes: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    axes: Axes = Field(default_factory=dict)
     """Short for a single grid."""
     grid: tuple[Grid, ...] = ()
     """One or more grids."""
     exclude: tuple[dict[str, Any], ...] = ()
     """Tables of settings; a trial that matches all of one is left out. A list matches any of its values."""
-
-    @field_validator("set", mode="after")
-    @classmethod
-    def _dotted(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return _settable(_flat(value))
-
-    @field_validator("axes", mode="before")
-    @classmethod
-    def _ranges(cls, value: object) -> object:
-        return _axes(value)
 
     @field_validator("exclude", mode="after")
     @classmethod
@@ -190,8 +227,13 @@ def base_of(spec: SweepSpec) -> dict[str, Any]:
     return {**base, "name": spec.name, "compute": {**base["compute"], "threads": spec.threads}}
 
 
-def expand(spec: SweepSpec) -> list[Trial]:
+def expand(spec: SweepSpec, *, resolve: Callable[[Recipe], Recipe] = lambda recipe: recipe) -> list[Trial]:
     """The trials of a sweep, each once, in the order of the grids.
+
+    Args:
+        spec: what the file says.
+        resolve: what is done to each recipe once its trial is named, such as :func:`coldforge.pipeline.resolve`: "auto"
+            then means on all machines that make its stages what it means here.
 
     Raises:
         RecipeError: a key or a value is not valid in a recipe, or no trial is left.
@@ -216,7 +258,7 @@ def expand(spec: SweepSpec) -> list[Trial]:
                 decides["compute"] = recipe.compute.in_every_key()
                 name = spec_hash(decides)[:12]
                 if name not in trials:
-                    trials[name] = Trial(name, point, seed, _sharing(recipe, parts))
+                    trials[name] = Trial(name, point, seed, _sharing(resolve(recipe), parts))
                 said = frozenset((axis, say(value)) for axis, value in point.items()), seed
                 if taken.setdefault(said, name) != name:
                     raise RecipeError(
@@ -249,14 +291,6 @@ def _settings(choice: Mapping[str, object]) -> tuple[dict[str, object], dict[str
     return point, settings
 
 
-def _flat(table: Mapping[str, Any], within: str = "") -> dict[str, Any]:
-    """Tables in tables as dotted keys: TOML reads ``finetune.epochs = 3`` without quotes as a table ``finetune``."""
-    found: dict[str, Any] = {}
-    for key, value in table.items():
-        found |= _flat(value, f"{within}{key}.") if isinstance(value, Mapping) else {f"{within}{key}": value}
-    return found
-
-
 def _matches(everything: Mapping[str, object], rule: Mapping[str, object]) -> bool:
     return all(key in everything and _is_meant(everything[key], value) for key, value in rule.items())
 
@@ -276,52 +310,3 @@ def _refuse_idle(rule: Mapping[str, object], values: Mapping[str, Sequence[objec
         if not any(_is_meant(each, value) for each in values[key]) and key != "seed":
             there = ", ".join(dict.fromkeys(map(say, values[key])))
             raise RecipeError(f"exclude: expected values that {key} takes ({there}), got {say(value)}")
-
-
-def _settable(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of the recipe, none of which the sweep sets by itself."""
-    for key in settings:
-        if key in _ELSEWHERE:
-            raise ValueError(f"{key} cannot be set in a sweep; use {_ELSEWHERE[key]}")
-    return settings
-
-
-def _axes(given: object) -> object:
-    """Axis to its values."""
-    if not isinstance(given, Mapping):
-        return given
-    axes = {name: _values(name, item) for name, item in _flat_axes(given).items()}
-    for name, values in axes.items():
-        _settable({name: values})
-        if name in _COLUMNS:
-            raise ValueError(f"an axis cannot be called {name}, as a column of the results is; choose another name")
-        for value in values:
-            if isinstance(value, Mapping):
-                _settable(_flat(value))
-    return axes
-
-
-def _flat_axes(table: Mapping[str, Any], within: str = "") -> dict[str, Any]:
-    """As :func:`_flat`, but { from, to, step } is a value."""
-    found: dict[str, Any] = {}
-    for key, value in table.items():
-        inner = isinstance(value, Mapping) and not {"from", "to", "step"} & set(value)
-        found |= _flat_axes(value, f"{within}{key}.") if inner else {f"{within}{key}": value}
-    return found
-
-
-def _values(axis: str, given: object) -> tuple[object, ...]:
-    if isinstance(given, Mapping):
-        if set(given) != {"from", "to", "step"}:
-            raise ValueError(f"{axis}: expected a list of values, or {{ from, to, step }}, got {json.dumps(given)}")
-        return tuple(_range(float(given["from"]), float(given["to"]), float(given["step"])))
-    if not isinstance(given, (list, tuple)) or not given:
-        raise ValueError(f"{axis}: expected a list of values, or {{ from, to, step }}, got {given!r}")
-    return tuple(given)
-
-
-def _range(start: float, stop: float, step: float) -> Iterator[float]:
-    if step <= 0 or stop < start:
-        raise ValueError(f"expected a step above 0 and to >= from, got from {start:g} to {stop:g} in steps of {step:g}")
-    for number in range(int((stop - start) / step + 1e-9) + 1):
-        yield round(start + number * step, 10)

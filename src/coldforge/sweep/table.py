@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from coldforge.errors import UsageError
-from coldforge.records import Record, StageRecord
+from coldforge.records import Record, StageRecord, ThreatModelRecord
 from coldforge.sealed import write_atomic
 from coldforge.sweep.folder import RECORDS, SWEEP, Failure, load_failures
 from coldforge.sweep.spec import say
@@ -161,6 +161,11 @@ def columns(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
+def threat_models(rows: Iterable[Row]) -> list[tuple[Any, ...]]:
+    """Norm, eps, eps in 255ths and box of each that the rows were attacked under."""
+    return sorted({tuple(row[f"threat_model:{part}"] for part in ThreatModelRecord.model_fields) for row in rows})
+
+
 @dataclass(frozen=True)
 class Mean:
     """One stage at one point of the axes, over seeds."""
@@ -202,13 +207,12 @@ def _is_number(value: object) -> bool:
 # --- questions -------------------------------------------------------------------------------------------------------
 
 
-def column(name: str, rows: Sequence[Row]) -> str:
-    """The column that a short name means.
+def column(name: str, names: Sequence[str]) -> str:
+    """The one of these columns that a short name means.
 
     Raises:
         UsageError: there is none.
     """
-    names = columns(rows)
     if name == "latency":
         found = next((each for each in names if each.startswith("latency:") and each.endswith(":1")), "")
     else:
@@ -243,38 +247,30 @@ def pick(
         raise UsageError(f"{sweep.folder}: no trial is finished yet; run `coldforge sweep` again")
     if bool(minimize) == bool(maximize):
         raise UsageError("expected one of --minimize and --maximize, such as --minimize latency")
-    asked = [text.partition("=")[0].strip() for text in (*least, *most)]
-    if any(column(name, rows).startswith("robust:") for name in (*asked, minimize or maximize)):
-        _refuse_several_threats(rows)
+    conditions = [(*_condition(text), 1, "at least") for text in least]
+    conditions += [(*_condition(text), -1, "at most") for text in most]
+    names = columns(rows)
+    goal = column(minimize or maximize, names)
+    asked = [column(name, names) for name, *_ in conditions]
+    if any(name.startswith("robust:") for name in (goal, *asked)) and (several := threat_models(rows))[1:]:
+        raise UsageError(
+            f"these trials were attacked under {len(several)} threat models, whose robust accuracies cannot be "
+            "compared; sweep each into a folder of its own"
+        )
     good = [row for row in rows if row["masking"] != "suspect"]
-    for texts, sign, words in ((least, 1, "at least"), (most, -1, "at most")):
-        for text in texts:
-            name, limit = _condition(text)
-            where = column(name, rows)
-            kept = [row for row in good if _is_number(row.get(where)) and sign * (row[where] - limit) >= 0]
-            if not kept and good:
-                best = (max if sign > 0 else min)(
-                    (row[where] for row in good if _is_number(row.get(where))), default=None
-                )
-                reached = "none has that number" if best is None else f"the best of those left has {best:g}"
-                raise UsageError(f"no trial has {name} of {words} {limit:g}: {reached}")
-            good = kept
+    for (name, limit, sign, words), where in zip(conditions, asked, strict=True):
+        kept = [row for row in good if _is_number(row.get(where)) and sign * (row[where] - limit) >= 0]
+        if not kept and good:
+            best = (max if sign > 0 else min)((row[where] for row in good if _is_number(row.get(where))), default=None)
+            reached = "none has that number" if best is None else f"the best of those left has {best:g}"
+            raise UsageError(f"no trial has {name} of {words} {limit:g}: {reached}")
+        good = kept
     if not good:
         raise UsageError("the masking verdict of every trial is suspect: no robust accuracy holds")
-    goal = column(minimize or maximize, rows)
     measured = [row for row in good if _is_number(row.get(goal))]
     if not measured:
         raise UsageError(f"no trial that meets the conditions has a number for {minimize or maximize}")
     return (min if minimize else max)(measured, key=lambda row: row[goal])
-
-
-def _refuse_several_threats(rows: Sequence[Row]) -> None:
-    found = {tuple(value for name, value in row.items() if name.startswith("threat_model:")) for row in rows}
-    if len(found) > 1:
-        raise UsageError(
-            f"these trials were attacked under {len(found)} threat models, whose robust accuracies cannot be compared; "
-            "sweep each into a folder of its own"
-        )
 
 
 def _condition(text: str) -> tuple[str, float]:

@@ -78,10 +78,6 @@ class RecipeWorkshop:
         shop, made = self._declared(trial)
         return assemble.record(shop, made, f"coldforge sweep, trial {trial.id}")
 
-    def resolved(self, trial: Trial) -> Trial:
-        """With what "auto" means on this machine, so that it means the same on all that make its stages."""
-        return replace(trial, recipe=resolve(trial.recipe))
-
     def refuse_missing(self, trial: Trial) -> None:
         """Refuse a trial of which the store does not hold all stages, with the same keys.
 
