@@ -22,11 +22,11 @@ from coldforge.errors import RecipeError
 from coldforge.models import check_classifier, model_source, torch_threads
 from coldforge.progress import Progress, Step
 from coldforge.provenance import cpp_compiler, has_bf16, physical_cores
-from coldforge.recipe import Recipe
+from coldforge.recipe import Recipe, TrainSpec
 from coldforge.records import Record
 from coldforge.stages import Arrow, Shop
 from coldforge.store import Store
-from coldforge.train import Team, gathered
+from coldforge.train import Team, check_inner, gathered
 
 
 def arrow(shop: Shop) -> Arrow:
@@ -126,14 +126,15 @@ def resolve(recipe: Recipe) -> Recipe:
     """Replace every "auto" and 0 that depends on the machine by what it means here; check the names of attacks.
 
     Raises:
-        RecipeError: an attack is not known.
+        RecipeError: an attack is not known, or an inner one does nothing for its objective.
         AttackError: its steps cannot cross the ball.
     """
     threat_model = ThreatModel.of(recipe.threat_model)
     for name in recipe.evaluate.attacks:
         parse_attack(name).check(threat_model)
-    for spec in (recipe.finetune, recipe.reference, recipe.model.train):
+    for spec in _trainings(recipe):
         parse_inner(spec.attack).check(threat_model)
+        check_inner(spec)
     compute = recipe.compute
     threads = compute.threads or min(physical_cores(), 8)
     precision = compute.precision if compute.precision != "auto" else ("bf16" if has_bf16() else "fp32")
@@ -144,6 +145,10 @@ def resolve(recipe: Recipe) -> Recipe:
             "model": recipe.model.model_copy(update={"checkpoint": _given(recipe.model.checkpoint)}),
         }
     )
+
+
+def _trainings(recipe: Recipe) -> tuple[TrainSpec, ...]:
+    return recipe.finetune, recipe.reference, recipe.model.train
 
 
 def _given(checkpoint: str) -> str:
@@ -163,6 +168,8 @@ def _shop(
     recipe = resolve(recipe)
     store = store or Store()
     data = data or load_data(recipe.data, cache=store.root / "data")
+    for spec in _trainings(recipe):
+        check_inner(spec, data.augment)
     source = model_source(
         model if model is not None else recipe.model.source,
         image_shape=data.image_shape,

@@ -1,5 +1,6 @@
 """Bad input, one test each with its message, through the surface that users touch. The details have their own tests."""
 
+import dataclasses
 import errno
 import os
 import signal
@@ -57,6 +58,22 @@ def test_recipes(setting, message, capsys):
 def test_an_attack_that_is_not_known(start):
     with pytest.raises(RecipeError, match=r"unknown attack 'pgdd-20'; .*pgd-K"):
         start({"evaluate.attacks": ["pgdd-20"]})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"finetune.objective": "trades", "finetune.attack": "fgsm"}, r"fgsm starts at the image, where the gradient"),
+        ({"finetune.attack": "fgsm-reuse"}, r"fgsm-reuse starts where .*; expected data\.augment = \"none\""),
+    ],
+)
+def test_an_inner_attack_that_would_do_nothing_is_refused_before_anything_is_trained(
+    settings, message, start, splits, tmp_path
+):
+    """The baseline is trained first, which may take hours."""
+    with pytest.raises(RecipeError, match=message):
+        start(settings, data=dataclasses.replace(splits, augment="crop-flip"))
+    assert Store(tmp_path / "store").entries() == []
 
 
 # --- networks

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from coldforge.attacks import ThreatModel, parse_inner, perturb
+from coldforge.attacks import ThreatModel, perturb
 from coldforge.compress import ActivationQuantizer, QuantizedLayer, attacking, fused, is_quantized, rectified, set_bits
 from coldforge.data import DataSplits, epoch_batches, steps_per_epoch
 from coldforge.errors import CollapseError, RecipeError, TrainingError
@@ -39,7 +39,7 @@ from coldforge.train.batchnorm import whole_batch
 from coldforge.train.checkpoint import Shelf, TrainState
 from coldforge.train.guard import Collapse, NotFinite, monitor, refuse_collapse
 from coldforge.train.muon import macs_of_a_step
-from coldforge.train.objective import Objective, Teacher
+from coldforge.train.objective import Objective, Teacher, check_inner
 from coldforge.train.optimizer import make_fabric, make_optimizer, quantizer_steps
 from coldforge.train.schedule import bits_now, learning_rate, ramped_eps
 from coldforge.train.searcher import Searcher
@@ -105,23 +105,14 @@ def train(
     Raises:
         CollapseError: every attempt collapsed.
         TrainingError: the loss became NaN in every attempt.
-        RecipeError: a teacher is missing, an inner attack starts from perturbations of images that are augmented or
-            where it has no gradient, or a batch has fewer images than there are processes.
+        RecipeError: a teacher is missing, :func:`~coldforge.train.objective.check_inner` refuses the inner attack, or a
+            batch has fewer images than there are processes.
         LostError: another process ended or fell silent.
     """
     world = world or World()
     if spec.objective == "distill" and teacher is None:
         raise RecipeError('objective "distill": expected a teacher, got none')
-    if spec.objective != "natural" and parse_inner(spec.attack).start == "previous" and data.augment != "none":
-        raise RecipeError(
-            f"{spec.attack} starts where an image's perturbation ended in the epoch before, which augmentation moves; "
-            'expected data.augment = "none", or another inner attack such as n-fgsm'
-        )
-    if spec.objective == "trades" and parse_inner(spec.attack).start == "image":
-        raise RecipeError(
-            f'{spec.attack} starts at the image, where the gradient of the objective "trades" is 0: it would never '
-            "leave it; expected an inner attack with a random start, such as pgd-7"
-        )
+    check_inner(spec, data.augment)
     if min(spec.batch_size, len(data.train)) < world.size:
         raise RecipeError(
             f"batch_size: expected at least one image for each of {world.size} processes, got a batch of "

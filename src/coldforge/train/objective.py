@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coldforge.attacks import loss_direction, predict, untouched
+from coldforge.attacks import loss_direction, parse_inner, predict, untouched
+from coldforge.errors import RecipeError
 from coldforge.recipe import TrainSpec
 
 CLEAN_SHARE = 1 / 6
@@ -114,3 +115,26 @@ class Objective:
             return 3.0
         outer = 6.0 if self.sees_clean else 3.0
         return outer * (2.0 if self.spec.awp else 1.0) + 2.0 * steps + (self.spec.objective == "trades")
+
+
+def check_inner(spec: TrainSpec, augment: str | None = None) -> None:
+    """Refuse an inner attack that cannot do what the training is called after.
+
+    Args:
+        spec: objective and inner attack.
+        augment: how training images are augmented; None: not known yet.
+
+    Raises:
+        RecipeError: it starts from perturbations of images that are augmented, or where its gradient is 0.
+    """
+    start = parse_inner(spec.attack).start
+    if spec.objective != "natural" and start == "previous" and augment not in (None, "none"):
+        raise RecipeError(
+            f"{spec.attack} starts where an image's perturbation ended in the epoch before, which augmentation moves; "
+            'expected data.augment = "none", or another inner attack such as n-fgsm'
+        )
+    if spec.objective == "trades" and start == "image":
+        raise RecipeError(
+            f'{spec.attack} starts at the image, where the gradient of the objective "trades" is 0: it would never '
+            "leave it; expected an inner attack with a random start, such as pgd-7"
+        )
