@@ -34,7 +34,7 @@ def draw(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Bars(nn.Module):
-    """A small residual network; takes pixels in [0, 1], normalization is added by coldforge."""
+    """A small residual network; takes pixels in [0, 1], as every network that is given as an object must."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()

@@ -152,6 +152,47 @@ def test_wrong_settings(settings, message, model, data, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"data.train_n": 10},
+        {"data.augment": "crop-flip"},
+        {"model.checkpoint": "weights.pt"},
+        {"model.source": "zoo:cnn8"},
+        {"model.train.epochs": 3},
+    ],
+)
+def test_settings_that_would_change_nothing_are_refused(settings, model, data, tmp_path):
+    (key,) = settings
+    with pytest.raises(RecipeError, match=rf"{key}: expected no such setting for (a network|images) in memory"):
+        coldforge.forge(model, data, out=tmp_path / "out", settings=settings, store=Store(tmp_path / "store"))
+
+
+def test_the_record_names_no_other_network_and_no_other_images(forged, tmp_path, data):
+    recipe = coldforge.load_recipe(forged.folder / "recipe.toml")
+    assert recipe.model.source == "memory:Sequential"
+    assert recipe.data.source.startswith("memory:")
+    with pytest.raises(coldforge.ColdforgeError, match="arrays in memory"):
+        coldforge.run(recipe, out=tmp_path / "out", store=Store(tmp_path / "store"))
+    with pytest.raises(coldforge.ColdforgeError, match="an object in memory, which no name can build"):
+        coldforge.run(recipe, out=tmp_path / "out", data=data, store=Store(tmp_path / "store"))
+
+
+def test_the_normalization_of_a_preset_is_that_of_its_own_network(model, data, tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr("coldforge.api.run", lambda recipe, **_: begun.append(recipe))
+    monkeypatch.setattr("coldforge.api.draw", lambda folder: None)
+    coldforge.forge(model, data, out=tmp_path, recipe="cifar10-resnet20")
+    own = {"model.mean": [0.4], "model.std": [0.3]}
+    coldforge.forge(model, data, out=tmp_path, recipe="cifar10-resnet20", settings=own)
+    coldforge.forge("zoo:resnet20", data, out=tmp_path, recipe="cifar10-resnet20")
+    written = coldforge.load_recipe({"model": {"source": "memory:Sequential", "mean": [0.4], "std": [0.3]}})
+    coldforge.forge(model, data, out=tmp_path, recipe=written)  # as an earlier forge() has written it
+    preset = coldforge.load_recipe("cifar10-resnet20").model
+    assert [recipe.model.mean for recipe in begun] == [(), (0.4,), preset.mean, (0.4,)]
+    assert [recipe.model.std for recipe in begun] == [(), (0.3,), preset.std, (0.3,)]
+
+
 def test_a_name_instead_of_a_network_is_part_of_the_recipe(data, tmp_path):
     with pytest.raises(coldforge.ColdforgeError, match=r"unknown network 'zoo:cnn9'; did you mean 'cnn8'\?"):
         coldforge.forge("zoo:cnn9", data, out=tmp_path / "out", store=Store(tmp_path / "store"))

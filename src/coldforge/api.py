@@ -12,7 +12,8 @@ from torch import nn
 from coldforge.compress import load_network, read_structure
 from coldforge.data import DataSplits
 from coldforge.deploy import OnnxSession
-from coldforge.models import model_source
+from coldforge.errors import RecipeError
+from coldforge.models import MEMORY, model_source
 from coldforge.pipeline import run
 from coldforge.progress import Progress
 from coldforge.recipe import Recipe, load_recipe
@@ -66,7 +67,8 @@ def forge(
         data: result of :func:`coldforge.load_data` or :func:`coldforge.data.from_arrays`, or a source such as
             ``"fashion-mnist"``.
         out: folder to write.
-        recipe: where to start from: a recipe, a preset or a file. Default: every default.
+        recipe: where to start from: a recipe, a preset or a file. Default: every default. Its normalization is that of
+            its own network, and is not taken over for a classifier given as an object.
         settings: changes to it, such as ``{"prune.ratio": 0.5, "threat_model.eps": "8/255"}``.
         store: where stages are kept; default: the user's.
         progress: told of every stage.
@@ -75,14 +77,21 @@ def forge(
         The record and the folder.
 
     Raises:
+        RecipeError: a setting is wrong, or is about a network or images that were given as objects.
         ColdforgeError: the message says what was expected, what was found and what to do.
     """
     start = recipe if isinstance(recipe, Recipe) else load_recipe(recipe or {"name": "forged"})
     changes = dict(settings or {})
     if isinstance(model, str):
         changes["model.source"] = model
+    else:
+        _refuse(changes, "model.", "a network in memory", but=("model.mean", "model.std"))
+        if not start.model.source.startswith(f"{MEMORY}:"):
+            changes = {"model.mean": [], "model.std": []} | changes
     if isinstance(data, str):
         changes["data.source"] = data
+    else:
+        _refuse(changes, "data.", "images in memory")
     complete = load_recipe(start.model_dump(mode="json"), overrides=changes)
     folder = Path(out)
     record = run(
@@ -95,3 +104,9 @@ def forge(
     )
     draw(folder)
     return Forged(record, folder, None if isinstance(model, str) else copy.deepcopy(model))
+
+
+def _refuse(settings: Mapping[str, object], table: str, what: str, but: tuple[str, ...] = ()) -> None:
+    """A setting without effect would let its reader believe that it had one."""
+    if ignored := [key for key in settings if key.startswith(table) and key not in but]:
+        raise RecipeError(f"{ignored[0]}: expected no such setting for {what}, which it would not change")

@@ -19,10 +19,10 @@ from coldforge import assemble, stages
 from coldforge.attacks import ThreatModel, parse_attack, parse_inner
 from coldforge.data import DataSplits, load_data
 from coldforge.errors import RecipeError
-from coldforge.models import check_classifier, model_source, torch_threads
+from coldforge.models import MEMORY, check_classifier, model_source, torch_threads
 from coldforge.progress import Progress, Step
 from coldforge.provenance import cpp_compiler, has_bf16, physical_cores
-from coldforge.recipe import Recipe, TrainSpec
+from coldforge.recipe import DataSpec, Recipe
 from coldforge.records import Record
 from coldforge.stages import Arrow, Shop
 from coldforge.store import Store
@@ -132,9 +132,7 @@ def resolve(recipe: Recipe) -> Recipe:
     threat_model = ThreatModel.of(recipe.threat_model)
     for name in recipe.evaluate.attacks:
         parse_attack(name).check(threat_model)
-    for spec in _trainings(recipe):
-        parse_inner(spec.attack).check(threat_model)
-        check_inner(spec)
+    check_trainings(recipe)
     compute = recipe.compute
     threads = compute.threads or min(physical_cores(), 8)
     precision = compute.precision if compute.precision != "auto" else ("bf16" if has_bf16() else "fp32")
@@ -147,8 +145,31 @@ def resolve(recipe: Recipe) -> Recipe:
     )
 
 
-def _trainings(recipe: Recipe) -> tuple[TrainSpec, ...]:
-    return recipe.finetune, recipe.reference, recipe.model.train
+def check_trainings(recipe: Recipe, augment: str | None = None) -> None:
+    """Refuse inner attacks that cannot do their work, before anything is trained.
+
+    Args:
+        recipe: what will be trained.
+        augment: how training images are augmented; None: not known yet.
+
+    Raises:
+        RecipeError: an attack is not known, or does nothing for its objective.
+        AttackError: its steps cannot cross the ball.
+    """
+    for spec in (recipe.finetune, recipe.reference, recipe.model.train):
+        parse_inner(spec.attack).check(ThreatModel.of(recipe.threat_model))
+        check_inner(spec, augment)
+
+
+def _with_objects(recipe: Recipe, model: nn.Module | None, data: DataSplits | None) -> Recipe:
+    """The recipe, which does not name what was given as an object: the record would name something else."""
+    changes: dict[str, object] = {}
+    if model is not None:
+        named = {"source": f"{MEMORY}:{type(model).__name__}", "checkpoint": ""}
+        changes["model"] = recipe.model.model_copy(update=named)
+    if data is not None:
+        changes["data"] = DataSpec(source=f"{MEMORY}:{data.train.name}", augment=data.augment)
+    return recipe.model_copy(update=changes)
 
 
 def _given(checkpoint: str) -> str:
@@ -165,11 +186,10 @@ def _shop(
     data: DataSplits | None,
     team: Team,
 ) -> Iterator[Shop]:
-    recipe = resolve(recipe)
+    recipe = _with_objects(resolve(recipe), model, data)
     store = store or Store()
     data = data or load_data(recipe.data, cache=store.root / "data")
-    for spec in _trainings(recipe):
-        check_inner(spec, data.augment)
+    check_trainings(recipe, data.augment)
     source = model_source(
         model if model is not None else recipe.model.source,
         image_shape=data.image_shape,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from coldforge.compress.graph import batchnorm_behind, fold_batchnorm, set_module, trace
+from coldforge.compress.graph import batchnorm_behind, fold_batchnorm, network_digest, set_module, trace
 from coldforge.errors import TraceError
 from coldforge.models import normalized
 from coldforge.models.zoo import resnet20
@@ -194,3 +194,39 @@ def test_set_module_replaces_at_any_depth() -> None:
     set_module(model, "0", nn.Tanh())
     set_module(model, "1.1", nn.Sigmoid())
     assert [type(model.get_submodule(name)).__name__ for name in ("0", "1.0", "1.1")] == ["Tanh", "ReLU", "Sigmoid"]
+
+
+class Steps(nn.Module):
+    """Layers that always print alike; what happens between them is a setting."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], scale: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.between, self.scale = between, torch.tensor(scale)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.second(self.between(self.first(inputs)) * self.scale)
+
+
+class ByValue(Steps):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs) if inputs.sum() > 0 else self.first(inputs)
+
+
+class OwnLinear(nn.Linear):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs).abs()
+
+
+def test_the_digest_of_a_network_knows_its_code() -> None:
+    """What a user's class does between its layers, and numbers that no state dict holds."""
+    digest = network_digest(Steps(torch.relu))
+    assert network_digest(Steps(torch.relu)) == digest
+    others = [Steps(torch.sigmoid), Steps(torch.relu, scale=2.0), ByValue(torch.relu), Steps(torch.relu).half()]
+    moved = Steps(torch.relu)
+    moved.first.bias.data[0] += 1
+    own = Steps(torch.relu)
+    own.first.__class__ = OwnLinear
+    digests = {digest, *map(network_digest, [*others, moved, own, Steps(torch.relu).to(torch.bfloat16)])}
+    assert len(digests) == len(others) + 4

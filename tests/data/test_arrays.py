@@ -72,6 +72,18 @@ def test_bad_input(images: Any, labels: Any, message: str) -> None:
         call(images, labels)
 
 
+@pytest.mark.parametrize(
+    ("given", "missing"), [(LABELS + 1, 0), (LABELS * 2, 1), (np.where(LABELS == 2, 1007, LABELS), 2)]
+)
+def test_labels_that_do_not_count_from_0_make_no_classes(given: Any, missing: int) -> None:
+    """A class without images would be an output that is never right, in silence."""
+    message = rf"expected labels 0 \.\.\. {given.max()}, each with training images, found none with label {missing};"
+    with pytest.raises(DataError, match=message):
+        from_arrays(IMAGES, given, IMAGES[:6], given[:6])
+    named = from_arrays(IMAGES, LABELS, IMAGES[:6], LABELS[:6], classes=("a", "b", "c", "never seen"))
+    assert len(named.classes) == 4
+
+
 def test_label_beyond_the_given_classes() -> None:
     with pytest.raises(
         DataError, match=re.escape("arrays train: labels out of range: expected 0 ... 1, found 0 ... 2")

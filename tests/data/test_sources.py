@@ -269,6 +269,42 @@ def test_image_folder(tmp_path: Path, make_set: MakeSet, encode: Callable[..., b
         load_data(spec(f"folder:{tmp_path / 'set'}"), cache=tmp_path / "cache")
 
 
+def test_every_file_of_an_image_folder_is_an_image_once(tmp_path: Path, encode: Callable[..., bytes]) -> None:
+    """Names that are patterns elsewhere, and names without an ending."""
+    names = ["img[0-9].png", "img0.png", "copy [x].png", "odd.name", "bare", "*.png"]
+    images = torch.arange(len(names), dtype=torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 1, 4, 4).contiguous()
+    root = tmp_path / "set [v2]"
+    for part in ("train", "test"):
+        for i, name in enumerate(names):
+            folder = root / part / ("a" if i % 2 else "b")
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(encode(images[i]))
+    (root / "train" / "a" / ".DS_Store").write_bytes(b"of a file manager")
+    (root / "train" / ".thumbnails").mkdir()
+    (root / "train" / ".thumbnails" / "img0.png").write_bytes(b"small")
+    splits = load_data(spec(f"folder:{root}", validation=1), cache=tmp_path / "cache")
+    assert sorted(splits.test.images[:, 0, 0, 0].tolist()) == list(range(len(names)))
+    assert len(splits.train) + len(splits.validation) == len(names)
+    assert splits.classes == ("a", "b")
+    (root / "test" / "a" / "notes.txt").write_text("no image")
+    with pytest.raises(DataError, match=r"test/a/notes\.txt cannot be decoded: UnidentifiedImageError"):
+        load_data(spec(f"folder:{root}"), cache=tmp_path / "cache")
+    (root / "test" / "a" / "notes.txt").unlink()
+    (root / "test" / "b" / "wide.png").write_bytes(encode(torch.zeros(1, 4, 6, dtype=torch.uint8)))
+    with pytest.raises(DataError, match=r"got L and 6x4 for .*test/b/wide\.png; convert or resize"):
+        load_data(spec(f"folder:{root}"), cache=tmp_path / "cache")
+
+
+def test_parquet_in_a_folder_whose_name_is_a_pattern(
+    tmp_path: Path, make_set: MakeSet, write_parquet: Callable[..., None]
+) -> None:
+    folder = tmp_path / "set [v2]"
+    folder.mkdir()
+    for part in ("train", "test"):
+        write_parquet(folder / f"{part}.parquet", make_set(8))
+    assert len(load_data(spec(f"parquet:{folder}"), cache=tmp_path / "cache").test) == 8
+
+
 def test_image_folder_without_a_part(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"expected images in .*train/CLASS/, found none"):
         load_data(spec(f"folder:{tmp_path}"), cache=tmp_path / "cache")

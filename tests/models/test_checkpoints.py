@@ -64,7 +64,7 @@ def test_missing_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOT_SET_AT_ALL", raising=False)
     refused(small(), Path("$NOT_SET_AT_ALL/net.pt"), "an environment variable in it is not set")
     (tmp_path / "net.onnx").touch()
-    refused(small(), tmp_path / "net.onnx", r"ends in \.safetensors, \.pt, \.pth, \.th, got '\.onnx'")
+    refused(small(), tmp_path / "net.onnx", r"ends in \.safetensors, \.pt, .*, \.bin, got '\.onnx'")
 
 
 def written(path: Path, kind: str) -> Path:
@@ -152,8 +152,28 @@ def test_prefix_is_hinted(tmp_path: Path) -> None:
 
 def test_prefix_that_makes_keys_collide(tmp_path: Path) -> None:
     state = small().state_dict()
-    path = save(tmp_path, dict(state) | {f"m.{key}": value for key, value in state.items()})
+    half = {f"m.{key}": value for key, value in list(state.items())[:2]}
+    path = save(tmp_path, dict(state) | half)
     refused(small(), path, "some keys occur with and without key_prefix", key_prefix="m.")
+
+
+def test_what_is_outside_of_the_prefix_belongs_to_others(tmp_path: Path) -> None:
+    """As in checkpoints of training frameworks, which hold the loss function, or averaged weights, too."""
+    source, target = small(), small()
+    inside = {f"net.{key}": value for key, value in source.state_dict().items()}
+    others = {"criterion.weight": torch.ones(3)} | dict(small().state_dict())
+    path = save(tmp_path, {"state_dict": inside | others}).rename(tmp_path / "last.ckpt")
+    load_weights(target, path, key_prefix="net.")
+    assert equal(source, target)
+    refused(
+        small(), save(tmp_path, {f"net.{key}": value for key, value in others.items()}), "unexpected", key_prefix="net."
+    )
+
+
+def test_an_archive_of_code_is_told_from_a_damaged_file(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.trace(small().eval(), torch.zeros(1, 1, 4, 4)), str(tmp_path / "net.pt"))
+    message = refused(small(), tmp_path / "net.pt", "expected weights, got a TorchScript archive")
+    assert "weights_only" not in message
 
 
 def test_another_architecture(tmp_path: Path) -> None:
@@ -214,12 +234,12 @@ def test_only_shortcuts_and_counters_may_be_missing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not (os.environ.get("COLDFORGE_CIFAR10") and os.environ.get("COLDFORGE_FOREIGN_RESNET20")),
-    reason="set COLDFORGE_CIFAR10 (a folder) and COLDFORGE_FOREIGN_RESNET20 (resnet20-12fca82f.th of akamaster)",
+    not (os.environ.get("COLDFORGE_CIFAR10") and os.environ.get("COLDFORGE_RESNET20")),
+    reason="set COLDFORGE_CIFAR10 (a folder) and COLDFORGE_RESNET20 (resnet20-12fca82f.th of akamaster)",
 )
 def test_foreign_resnet20_gets_its_accuracy(tmp_path: Path) -> None:
     network = resnet20()
-    load_weights(network, "$COLDFORGE_FOREIGN_RESNET20", key_prefix="module.")
+    load_weights(network, "$COLDFORGE_RESNET20", key_prefix="module.")
     model = normalized(network, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).eval()
     test = load_data(DataSpec(source="cifar10"), cache=tmp_path).test
     with torch.inference_mode():

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from coldforge.errors import ModelError
-from coldforge.models import ModelSource, model_source
+from coldforge.models import ModelSource, model_source, resnet20
 
 GREY = (1, 28, 28)
 
@@ -98,6 +98,10 @@ def late_import():
     return late_helper_of_the_user.build()
 
 def needs_more(depth): return nn.Identity()
+def frozen():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10), nn.BatchNorm1d(10))
+    return network.requires_grad_(False)
+def picky(**options): return nn.Linear(**options)
 def broken(): raise RuntimeError("out of ideas")
 def not_a_network(): return {"weights": 1}
 """
@@ -127,6 +131,25 @@ def test_a_factory_may_import_its_neighbours_late(user_module: str) -> None:
     assert isinstance(find(f"{user_module}:late_import").build(0), nn.Identity)
 
 
+def test_what_was_frozen_learns_here(user_module: str) -> None:
+    source = find(f"{user_module}:frozen")
+    assert source.frozen() == ("1.weight", "1.bias", "2.weight", "2.bias")
+    assert all(parameter.requires_grad for parameter in source.build(0).parameters())
+    live = resnet20()
+    live.conv1.requires_grad_(False)
+    kept = find(live)
+    assert kept.frozen() == ("conv1.weight",)
+    assert not live.conv1.weight.requires_grad
+    still = [name for name, parameter in kept.build(0).named_parameters() if not parameter.requires_grad]
+    assert len(still) == 2  # the fixed shortcuts
+    assert find("zoo:resnet20").frozen() == ()
+
+
+def test_what_was_in_memory_has_no_name() -> None:
+    with pytest.raises(ModelError, match=r"Sequential was an object in memory, which no name can build"):
+        find("memory:Sequential")
+
+
 def test_factories_are_seeded(user_module: str) -> None:
     source = find(f"{user_module}:none")
     assert torch.equal(weights(source.build(5)), weights(source.build(5)))
@@ -137,6 +160,7 @@ def test_factories_are_seeded(user_module: str) -> None:
     [
         ("needs_more", "the factory failed: TypeError: needs_more() missing 1 required positional argument: 'depth'"),
         ("broken", "the factory failed: RuntimeError: out of ideas"),
+        ("picky", "it was called with (in_channels=1, num_classes=10, image_size=28)"),
         ("not_a_network", "expected a torch.nn.Module, got dict"),
         ("live", "expected a function or class that returns a network, got a Linear object"),
     ],

@@ -1,6 +1,7 @@
 """What a stage's key depends on: all that changes its bits, and nothing else. Hardly anything is computed here."""
 
 import copy
+import re
 import sys
 import types
 from fnmatch import fnmatch
@@ -43,7 +44,7 @@ CHANGES = {
     "threat_model.eps=8/255": ["fine-tune: adversarial", "export*", "evaluate*", *ON_THE_FILE],
     "threat_model.literal=true": ["export*", "evaluate*", *AFTER_ROUNDING],
     "seed=4": ["evaluate*", *AFTER_TUNING],
-    "model.mean=[0.4]": ["*"],
+    "model.mean=[0.4] model.std=[0.3]": ["*"],
     "compute.threads=2": ["*"],
     "compute.precision=bf16": ["*"],
     "compute.devices=2": AFTER_TUNING,  # only trainings are shared
@@ -72,7 +73,7 @@ def before(stages_of, recipe):
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_setting_changes_what_stands_on_it(change, before, recipe, stages_of):
-    after = stages_of(load_recipe(recipe().model_dump(mode="json"), overrides=[change]))
+    after = stages_of(load_recipe(recipe().model_dump(mode="json"), overrides=re.split(r" (?=\w+\.)", change)))
     assert changed(before, after) == matching(before, CHANGES[change])
 
 
@@ -177,6 +178,25 @@ def test_what_a_factory_builds_decides(checkpoint, recipe, stages_of, factory, b
     assert changed(before, stages_of(recipe(changes), network=factory)) == set(before)
 
 
+def test_what_the_code_of_a_live_network_does_decides(stages_of, recipe, model):
+    """Its layers and weights are the same before and after an edit of its forward."""
+
+    class Mine(nn.Module):
+        squeeze = staticmethod(torch.relu)
+
+        def __init__(self):
+            super().__init__()
+            self.layers = copy.deepcopy(model)
+
+        def forward(self, inputs):
+            return self.squeeze(self.layers(inputs))
+
+    before = stages_of(recipe(), network=Mine())
+    assert changed(before, stages_of(recipe(), network=Mine())) == set()
+    Mine.squeeze = staticmethod(torch.tanh)
+    assert changed(before, stages_of(recipe(), network=Mine())) == set(before)
+
+
 def test_weights_from_a_checkpoint_need_no_seed(recipe, shop, bare, tmp_path, monkeypatch):
     module = types.ModuleType("a_users_module")
     module.factory = lambda: nn.Sequential(nn.Flatten(), nn.Linear(144, 3))  # other weights for each seed
@@ -192,7 +212,6 @@ def test_weights_from_a_checkpoint_need_no_seed(recipe, shop, bare, tmp_path, mo
     ("given", "mean", "std"),
     [
         ({}, (0.0,), (1.0,)),
-        ({"model.mean": [0.4]}, (0.4,), (1.0,)),
         ({"model.mean": [0.4], "model.std": [0.3]}, (0.4,), (0.3,)),
     ],
 )
@@ -206,6 +225,12 @@ def test_a_live_network_takes_pixels(given, mean, std, recipe, shop, tmp_path):
     assert (structure.mean, structure.std) == (mean, std)
     images = here.data.test.pixels()
     torch.testing.assert_close(network(images), here.source.build(0)((images - mean[0]) / std[0]))
+
+
+@pytest.mark.parametrize("given", ["mean", "std"])
+def test_half_a_normalization_is_none(given, recipe, shop):
+    with pytest.raises(RecipeError, match=r"model\.mean and model\.std: expected both or none of them, got one"):
+        stages.baseline(shop(recipe({f"model.{given}": [0.4]})))
 
 
 def test_a_literal_threat_widens_the_range_of_the_image(recipe, shop):
@@ -241,7 +266,7 @@ def test_reduced_range_is_seven_bits_at_most(bits, edge_bits, expected, recipe, 
 @pytest.mark.parametrize("name", ["mean", "std"])
 def test_one_mean_and_std_a_channel(name, recipe, shop):
     with pytest.raises(RecipeError, match=rf"model\.{name}: expected 1 numbers, one a channel, got 3"):
-        stages.baseline(shop(recipe({f"model.{name}": [0.5, 0.4, 0.3]})))
+        stages.baseline(shop(recipe({"model.mean": [0.5], "model.std": [0.5], f"model.{name}": [0.5, 0.4, 0.3]})))
 
 
 def test_eight_bits_of_a_real_network_take_less_than_a_third(recipe, shop):

@@ -10,7 +10,7 @@ from coldforge.compress.fakequant import (
     is_quantized,
 )
 from coldforge.compress.fold import fold_quantized
-from coldforge.compress.graph import batchnorm_behind, fold_batchnorm, scale_and_shift, trace
+from coldforge.compress.graph import batchnorm_behind, fold_batchnorm, network_digest, scale_and_shift, trace
 from coldforge.compress.importance import taylor
 from coldforge.compress.kernels import fused
 from coldforge.compress.prune import PruningPlan, joined, prune, replay
@@ -42,6 +42,7 @@ __all__ = [
     "is_quantized",
     "joined",
     "load_network",
+    "network_digest",
     "prune",
     "quantize",
     "read_structure",

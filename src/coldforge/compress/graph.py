@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import hashlib
+import inspect
 from collections import Counter
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
@@ -55,6 +60,37 @@ def trace(model: nn.Module) -> fx.GraphModule:
             "(quantize.weight_bits = 32, quantize.activation_bits = 32)"
         ) from error
     return fx.GraphModule(model, graph)
+
+
+def network_digest(model: nn.Module) -> str:
+    """SHA-256 (hex) of what a network computes in evaluation mode: layers, weights, and the code between them.
+
+    The code is that of the traced graph, with the tensors it reads; where a layer of foreign code stays whole, or
+    nothing can be traced, the text of its class.
+    """
+    digest = hashlib.sha256(repr(model).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        _add(digest, name, tensor)
+    try:
+        graph = trace(model)
+    except TraceError:
+        whole = list(model.modules())
+    else:
+        digest.update(graph.code.encode())
+        for target in sorted({str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}):
+            _add(digest, target, reduce(getattr, target.split("."), graph))
+        whole = [graph.get_submodule(str(node.target)) for node in graph.graph.nodes if node.op == "call_module"]
+    for kind in sorted({type(module) for module in whole}, key=lambda kind: f"{kind.__module__}.{kind.__qualname__}"):
+        if kind.__module__.partition(".")[0] not in ("torch", "coldforge"):
+            with contextlib.suppress(OSError, TypeError):  # made at run time: there is no text
+                digest.update(inspect.getsource(kind).encode())
+    return digest.hexdigest()
+
+
+def _add(digest: hashlib._Hash, name: str, value: object) -> None:
+    digest.update(name.encode())
+    if isinstance(value, Tensor):
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -38,7 +38,7 @@ def from_arrays(
         train_labels: whole numbers, (N,).
         test_images: as ``train_images``.
         test_labels: as ``train_labels``.
-        classes: class names; by default "0" ... "K-1" with K from the labels.
+        classes: class names; by default "0" ... "K-1" with K from the labels, each of which must occur in train.
         name: readable name.
         validation: images split from train; 0 chooses 5,000, or a twelfth of train if that is less.
         augment: augmentation of training batches.
@@ -49,13 +49,28 @@ def from_arrays(
     labels = [to_labels(train_labels, name=f"{name} train"), to_labels(test_labels, name=f"{name} test")]
     images = [to_images(train_images, name=f"{name} train"), to_images(test_images, name=f"{name} test")]
     if classes is None:
-        known = max((int(part.max()) for part in labels if part.numel()), default=0) + 1
-        classes = [str(index) for index in range(max(known, 2))]
+        classes = numbered_classes(labels[0].tolist(), labels[1].tolist(), name=name)
     train, test = (
         ImageSet(pixels, targets, tuple(classes), f"{name} {part}")
         for pixels, targets, part in zip(images, labels, ("train", "test"), strict=True)
     )
     return split(mixed(train), mixed(test), validation=validation, augment=augment)
+
+
+def numbered_classes(train: Sequence[int], test: Sequence[int], *, name: str) -> tuple[str, ...]:
+    """Class names "0" ... "K-1" of labels that are numbers.
+
+    Raises:
+        DataError: a number up to the largest one has no training image, so that labels do not count from 0.
+    """
+    known, seen = max([*train, *test, 1]) + 1, set(train)
+    missing = next((label for label in range(known) if label not in seen), None)
+    if missing is not None and min(seen, default=-1) >= 0:
+        raise DataError(
+            f"{name}: expected labels 0 ... {known - 1}, each with training images, found none with label {missing}; "
+            "number the classes from 0 without gaps, or name them all (from_arrays(..., classes=...))"
+        )
+    return tuple(str(label) for label in range(known))
 
 
 def mixed(images: ImageSet) -> ImageSet:

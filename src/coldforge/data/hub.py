@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
+import PIL.ImageOps
 import torch
 
+from coldforge.data.arrays import numbered_classes
 from coldforge.data.cache import cached_sets, source_key
 from coldforge.data.images import ImageSet
 from coldforge.errors import DataError
@@ -59,45 +63,60 @@ def parquet_sets(folder: Path, *, cache: Path, name: str, classes: Sequence[str]
     for part, found in files.items():
         if not found:
             raise DataError(f"{name}: expected {part}*.parquet in {folder}, found none")
-    return _local_sets("parquet", files, cache=cache, name=name, classes=classes)
-
-
-def folder_sets(folder: Path, *, cache: Path, name: str) -> tuple[ImageSet, ImageSet]:
-    """Train and test set from ``train/CLASS/*`` and ``test/CLASS/*``.
-
-    Raises:
-        DataError: where a folder is missing or empty, or the images differ in size or mode.
-    """
-    files = {part: sorted(path for path in (folder / part).glob("*/*") if path.is_file()) for part in ("train", "test")}
-    names = {part: {path.parent.name for path in found} for part, found in files.items()}
-    for part in files:
-        if not names[part]:
-            raise DataError(f"{name}: expected images in {folder / part}/CLASS/, found none")
-    if unknown := sorted(names["test"] - names["train"]):
-        raise DataError(
-            f"{name}: expected the classes of train/ ({', '.join(sorted(names['train']))}) in test/ too, "
-            f"got {', '.join(unknown)}"
-        )
-    return _local_sets("imagefolder", files, cache=cache, name=name)
-
-
-def _local_sets(
-    kind: str, files: Mapping[str, Sequence[Path]], *, cache: Path, name: str, classes: Sequence[str] = ()
-) -> tuple[ImageSet, ImageSet]:
-    key = source_key(f"{kind} {list(classes)}", [file for found in files.values() for file in found])
+    key = source_key(f"parquet {list(classes)}", [file for found in files.values() for file in found])
 
     def decode() -> tuple[ImageSet, ImageSet]:
         # Streaming reads the files in place; the library would otherwise write a second copy of all of them.
         with _quiet() as datasets, tempfile.TemporaryDirectory(prefix="coldforge-") as scratch:
             try:
-                paths = {part: [str(path) for path in found] for part, found in files.items()}
-                options = {"drop_labels": False} if kind == "imagefolder" else {}
-                splits = datasets.load_dataset(kind, data_files=paths, streaming=True, cache_dir=scratch, **options)
+                paths = {part: [glob.escape(str(path)) for path in found] for part, found in files.items()}
+                splits = datasets.load_dataset("parquet", data_files=paths, streaming=True, cache_dir=scratch)
             except Exception as error:  # the library and pyarrow raise many kinds
                 raise DataError(f"{name}: cannot read the files: {_brief(error)}") from error
             return _sets(datasets, splits, name, classes)
 
     return cached_sets(cache, key, name, decode)
+
+
+def folder_sets(folder: Path, *, cache: Path, name: str) -> tuple[ImageSet, ImageSet]:
+    """Train and test set from ``train/CLASS/*`` and ``test/CLASS/*``; names with a dot in front are left out.
+
+    Raises:
+        DataError: where a folder is missing or empty, a file is no image, or the images differ in size or mode.
+    """
+    files = {part: _visible(folder / part) for part in ("train", "test")}
+    names = {part: sorted({path.parent.name for path in found}) for part, found in files.items()}
+    for part in files:
+        if not names[part]:
+            raise DataError(f"{name}: expected images in {folder / part}/CLASS/, found none")
+    if unknown := sorted(set(names["test"]) - set(names["train"])):
+        raise DataError(
+            f"{name}: expected the classes of train/ ({', '.join(names['train'])}) in test/ too, "
+            f"got {', '.join(unknown)}"
+        )
+    classes = tuple(names["train"])
+
+    def decode() -> tuple[ImageSet, ImageSet]:
+        pairs = []
+        for found in files.values():
+            rows = ({"image": _picture(path), "label": classes.index(path.parent.name)} for path in found)
+            pairs.append(_decode(rows, "image", "label", name, [str(path) for path in found]))
+        return _image_sets(pairs, classes, name)
+
+    key = source_key("image folder", [file for found in files.values() for file in found])
+    return cached_sets(cache, key, name, decode)
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Files of all classes, but those that file managers hide."""
+    found = (path for path in folder.glob("*/*") if path.is_file())
+    return sorted(path for path in found if not path.name.startswith(".") and not path.parent.name.startswith("."))
+
+
+def _picture(path: Path) -> PIL.Image.Image:
+    with PIL.Image.open(path) as picture:
+        picture.load()
+        return PIL.ImageOps.exif_transpose(picture)
 
 
 def _sets(datasets: Any, splits: Mapping[str, Any], name: str, classes: Sequence[str]) -> tuple[ImageSet, ImageSet]:
@@ -111,7 +130,15 @@ def _sets(datasets: Any, splits: Mapping[str, Any], name: str, classes: Sequence
         if not isinstance(rows.features[image], datasets.Image):
             rows = rows.cast_column(image, datasets.Image())
         pairs.append(_decode(rows, image, label, f"{name} {part}"))
-    names = tuple(classes) or _class_names(datasets, splits["train"].features[label], [found for _, found in pairs])
+    names = tuple(classes) or _class_names(
+        datasets, splits["train"].features[label], name, *(found for _, found in pairs)
+    )
+    return _image_sets(pairs, names, name)
+
+
+def _image_sets(
+    pairs: Sequence[tuple[torch.Tensor, list[Any]]], names: tuple[str, ...], name: str
+) -> tuple[ImageSet, ImageSet]:
     place = {text: index for index, text in enumerate(names)}
     sets = []
     for part, (images, found) in zip(("train", "test"), pairs, strict=True):
@@ -128,7 +155,7 @@ def _columns(datasets: Any, features: Mapping[str, Any], name: str) -> tuple[str
         return encoded or isinstance(feature, datasets.Image)
 
     def is_number(feature: Any) -> bool:
-        return isinstance(feature, datasets.Value) and ("int" in feature.dtype or feature.dtype == "string")
+        return isinstance(feature, datasets.Value) and ("int" in feature.dtype or "string" in feature.dtype)
 
     described = ", ".join(f"{column}: {_type_name(feature)}" for column, feature in features.items())
     images = [column for column, feature in features.items() if is_image(feature)]
@@ -145,7 +172,14 @@ def _columns(datasets: Any, features: Mapping[str, Any], name: str) -> tuple[str
     return images[0], chosen
 
 
-def _decode(rows: Iterable[Mapping[str, Any]], image: str, label: str, name: str) -> tuple[torch.Tensor, list[Any]]:
+def _decode(
+    rows: Iterable[Mapping[str, Any]], image: str, label: str, name: str, files: Sequence[str] = ()
+) -> tuple[torch.Tensor, list[Any]]:
+    """Images ``(N, C, H, W)`` and labels of all rows; ``files`` name the images in messages."""
+
+    def what() -> str:
+        return files[len(arrays)] if files else f"image {len(arrays)}"
+
     arrays: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
     labels: list[Any] = []
     first: tuple[str, tuple[int, int]] | None = None
@@ -156,7 +190,7 @@ def _decode(rows: Iterable[Mapping[str, Any]], image: str, label: str, name: str
             picture = None if row is None else row[image]
             array = None if picture is None else np.asarray(picture, dtype=np.uint8)
         except Exception as error:  # decoders raise many kinds
-            raise DataError(f"{name}: image {len(arrays)} cannot be decoded: {_brief(error)}") from error
+            raise DataError(f"{name}: {what()} cannot be decoded: {_brief(error)}") from error
         if row is None:
             break
         if picture is None or array is None or row[label] is None:
@@ -165,13 +199,14 @@ def _decode(rows: Iterable[Mapping[str, Any]], image: str, label: str, name: str
         if first is None:
             if picture.mode not in MODES:
                 raise DataError(
-                    f"{name}: expected images of mode {' or '.join(MODES)}, got {picture.mode}; convert them first"
+                    f"{name}: expected images of mode {' or '.join(MODES)}, got {picture.mode} for {what()}; "
+                    "convert them first"
                 )
             first = found
         elif found != first:
             raise DataError(
                 f"{name}: expected all images alike, mode {first[0]} and {_size(first[1])} as the first, "
-                f"got {found[0]} and {_size(found[1])} for image {len(arrays)}; convert or resize them first"
+                f"got {found[0]} and {_size(found[1])} for {what()}; convert or resize them first"
             )
         arrays.append(array)
         labels.append(row[label])
@@ -182,13 +217,13 @@ def _decode(rows: Iterable[Mapping[str, Any]], image: str, label: str, name: str
     return images, labels
 
 
-def _class_names(datasets: Any, feature: Any, labels: Sequence[Sequence[Any]]) -> tuple[str, ...]:
+def _class_names(datasets: Any, feature: Any, name: str, train: Sequence[Any], test: Sequence[Any]) -> tuple[str, ...]:
     if isinstance(feature, datasets.ClassLabel):
         return tuple(feature.names)
-    values = {value for part in labels for value in part}
+    values = {*train, *test}
     if any(isinstance(value, str) for value in values):
         return tuple(sorted(values))
-    return tuple(str(index) for index in range(max(values) + 1))
+    return numbered_classes(train, test, name=name)
 
 
 @contextlib.contextmanager

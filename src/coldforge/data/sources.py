@@ -98,6 +98,8 @@ def _sets(source: str, cache: Path) -> tuple[ImageSet, ImageSet]:
             return folder_sets(_existing(place, source), cache=cache, name=source)
         case "parquet" if place:
             return parquet_sets(_existing(place, source), cache=cache, name=source)
+        case "memory":
+            raise DataError(f"data.source: {place} were arrays in memory; name their images, such as folder:DIR")
         case "hf" | "folder" | "parquet":
             raise DataError(f"data.source: expected {kind}:{'NAME' if kind == 'hf' else 'DIR'}, got {source!r}")
         case "fashion-mnist-mini":

@@ -4,7 +4,7 @@ from coldforge.evaluate.fast import Precision, fast_copy
 from coldforge.evaluate.ledger import WORST_CASE, Ledger, Robustness, summarize
 from coldforge.evaluate.masking import masking_panel
 from coldforge.evaluate.robustness import evaluate, find_adversarial
-from coldforge.evaluate.statistics import mcnemar, paired_interval, wilson_interval
+from coldforge.evaluate.statistics import chance_doubt, mcnemar, paired_interval, wilson_interval
 from coldforge.evaluate.target import BACKWARDS, TRANSFER, Deployed, Target
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Precision",
     "Robustness",
     "Target",
+    "chance_doubt",
     "evaluate",
     "fast_copy",
     "find_adversarial",

@@ -65,3 +65,18 @@ def paired_interval(only_first: int, only_second: int, n: int) -> tuple[float, f
     first, second = (only_first + 1) / (n + 2), (only_second + 1) / (n + 2)
     spread = _Z95 * math.sqrt((first + second - (first - second) ** 2) / (n + 2))
     return first - second - spread, first - second + spread
+
+
+def chance_doubt(accuracy: float, classes: int) -> str:
+    """What a reader must ask where a network that should be trained is hardly better than chance; else nothing.
+
+    Args:
+        accuracy: clean accuracy.
+        classes: K; chance is 1/K.
+    """
+    if accuracy >= min(1.5 / classes, 1 / classes + 0.1):
+        return ""
+    return (
+        f"the clean accuracy is hardly above chance ({1 / classes:.1%} for {classes} classes): does this network take "
+        "pixels in [0, 1], and are its classes in the order of the data's?"
+    )

@@ -13,7 +13,16 @@ from coldforge._version import __version__
 from coldforge.assemble import check_writable
 from coldforge.attacks import TILE, WITH_GRADIENT, as_parts, predict
 from coldforge.errors import StoreError, UsageError
-from coldforge.evaluate import WORST_CASE, Ledger, Precision, evaluate, masking_panel, summarize, wilson_interval
+from coldforge.evaluate import (
+    WORST_CASE,
+    Ledger,
+    Precision,
+    chance_doubt,
+    evaluate,
+    masking_panel,
+    summarize,
+    wilson_interval,
+)
 from coldforge.evaluation.request import Request
 from coldforge.evaluation.subject import Subject, load_subject
 from coldforge.models import torch_threads
@@ -110,6 +119,7 @@ def _record(
 ) -> EvaluationRecord:
     threat = subject.threat_model
     robustness = summarize(ledger, subject.data.classes)
+    doubt = chance_doubt(robustness.clean_accuracy, len(subject.data.classes))
     return EvaluationRecord(
         coldforge_version=__version__,
         provenance=origin,
@@ -126,7 +136,7 @@ def _record(
         seconds=seconds,
         masking=masking,
         attacks={attack.name: attack.describe() for attack in subject.attacks},
-        notes=(*subject.notes, *_doubts(robustness.clean_accuracy, len(subject.data.classes))),
+        notes=(*subject.notes, doubt) if doubt else subject.notes,
     )
 
 
@@ -149,15 +159,6 @@ def _disputed(ledger: Ledger) -> dict[str, int]:
     """Images that fooled only the network on which was searched."""
     counts = {name: int((disputed & ledger.survived(name)).sum()) for name, disputed in ledger.disputed.items()}
     return {name: count for name, count in counts.items() if count}
-
-
-def _doubts(clean_accuracy: float, classes: int) -> list[str]:
-    if clean_accuracy >= 1.5 / classes:
-        return []
-    return [
-        f"the clean accuracy is hardly above chance ({1 / classes:.1%} for {classes} classes): does this network take "
-        "pixels in [0, 1], and are its classes in the order of the data's"
-    ]
 
 
 # --- continuing ------------------------------------------------------------------------------------------------------

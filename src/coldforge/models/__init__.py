@@ -3,11 +3,12 @@
 from coldforge.models.checkpoints import load_weights
 from coldforge.models.checks import check_classifier
 from coldforge.models.layout import channels_last, torch_threads
-from coldforge.models.loading import ModelSource, model_source
+from coldforge.models.loading import MEMORY, ModelSource, model_source
 from coldforge.models.normalize import Normalize, normalized
 from coldforge.models.zoo import ZOO, OptionAShortcut, cnn8, resnet18, resnet20
 
 __all__ = [
+    "MEMORY",
     "ZOO",
     "ModelSource",
     "Normalize",

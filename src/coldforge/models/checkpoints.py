@@ -6,7 +6,7 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from coldforge.errors import ModelError
 from coldforge.models.zoo import OptionAShortcut
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".th")
+SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".ckpt", ".tar", ".bin")
 CONTAINERS = ("state_dict", "model_state_dict", "model", "net")
 """Keys under which training scripts keep the weights."""
 RAW_PICKLES = (b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -32,9 +32,10 @@ def load_weights(network: nn.Module, path: str | Path, *, key_prefix: str = "") 
 
     Args:
         network: changed in place.
-        path: ``.safetensors``, or ``.pt``, ``.pth``, ``.th`` (a bare state dict or one under "state_dict" or "model"),
+        path: ``.safetensors``, or another of :data:`SUFFIXES` (a bare state dict or one under :data:`CONTAINERS`),
             read with ``weights_only=True``. Environment variables and ``~`` are expanded.
-        key_prefix: removed from the keys that have it, such as "module.".
+        key_prefix: removed from the keys that have it, such as "module."; keys that do not have it are left out where
+            those that do are the whole network.
 
     Raises:
         ModelError: for a file that is missing, damaged or would execute code; keys that are missing or unexpected;
@@ -46,9 +47,9 @@ def load_weights(network: nn.Module, path: str | Path, *, key_prefix: str = "") 
         raise ModelError(f"expected a checkpoint at {file}, found nothing{unset}")
     if file.suffix not in SUFFIXES:
         raise ModelError(f"{file}: expected a checkpoint that ends in {', '.join(SUFFIXES)}, got {file.suffix!r}")
-    state = _strip(_read(file), key_prefix, file)
-    expected = network.state_dict()
-    _check_keys(state, expected, _optional_keys(network), file, key_prefix)
+    expected, optional = network.state_dict(), _optional_keys(network)
+    state = _strip(_read(file), key_prefix, file, expected.keys() - optional)
+    _check_keys(state, expected, optional, file, key_prefix)
     _check_shapes(state, expected, file)
     for key, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
@@ -81,6 +82,11 @@ def _read(file: Path) -> dict[str, Tensor]:
     except ModelError:
         raise
     except Exception as error:  # a damaged file can fail anywhere in the reader
+        if "TorchScript" in str(error):
+            raise ModelError(
+                f"{file}: expected weights, got a TorchScript archive, which holds code; in the project that made it, "
+                "save them with torch.save(model.state_dict(), 'model.pt')"
+            ) from None
         raise _damaged(file, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
     return _state(content, file)
 
@@ -102,10 +108,13 @@ def _state(content: Any, file: Path) -> dict[str, Tensor]:
     return {str(key): value for key, value in found.items()}
 
 
-def _strip(state: dict[str, Tensor], prefix: str, file: Path) -> dict[str, Tensor]:
+def _strip(state: dict[str, Tensor], prefix: str, file: Path, needed: Set[str]) -> dict[str, Tensor]:
     if not prefix:
         return state
-    if not any(key.startswith(prefix) for key in state):
+    inside = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    if needed <= inside.keys():  # what is outside belongs to others, such as a loss function
+        return inside
+    if not inside:
         raise ModelError(f"{file}: expected keys that begin with key_prefix {prefix!r}, got {_some(state)}")
     stripped = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
     if len(stripped) < len(state):

@@ -10,15 +10,18 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from coldforge.errors import ModelError, nearest
-from coldforge.models.zoo import ZOO
+from coldforge.models.zoo import ZOO, OptionAShortcut
 
 KINDS = ("zoo", "timm", "torchvision")
+MEMORY = "memory"
+"""Kind of a source that no other process can build: an object that was passed to a function."""
 FORMS = "zoo:NAME, timm:NAME, torchvision:NAME or package.module:factory"
 
 
@@ -28,11 +31,25 @@ class ModelSource:
 
     name: str
     """Readable, e.g. "zoo:cnn8"."""
-    build: Callable[[int], nn.Module]
-    """``build(seed)`` returns a new network; the same seed gives the same weights, and torch's global random state
-    stays as it was."""
+    make: Callable[[int], nn.Module]
+    """``make(seed)`` returns a new network as its maker left it; the same seed gives the same weights, and torch's
+    global random state stays as it was."""
     rebuildable: bool
     """False for a live module: other processes cannot build it from its name, and the seed changes nothing."""
+
+    def build(self, seed: int) -> nn.Module:
+        """A new network, all of whose weights learn: parts that were frozen for the training before, too.
+
+        Only the fixed weights of an :class:`~coldforge.models.zoo.OptionAShortcut` stay frozen.
+        """
+        network = self.make(seed)
+        for _, parameter in _frozen(network):
+            parameter.requires_grad_(True)
+        return network
+
+    def frozen(self) -> tuple[str, ...]:
+        """Names of the parameters that :meth:`build` thaws."""
+        return tuple(name for name, _ in _frozen(self.make(0)))
 
 
 def model_source(source: str | nn.Module, *, image_shape: tuple[int, int, int], num_classes: int) -> ModelSource:
@@ -56,23 +73,36 @@ def model_source(source: str | nn.Module, *, image_shape: tuple[int, int, int], 
         original = copy.deepcopy(source)
         return ModelSource(type(source).__name__, lambda seed: copy.deepcopy(original), rebuildable=False)
     kind, colon, name = source.partition(":")
+    if kind == MEMORY:
+        raise ModelError(f"model.source: {name} was an object in memory, which no name can build; pass it to forge()")
     if not colon or not name or not kind:
         hint = f"did you mean 'zoo:{source}'?" if source in ZOO else nearest(source, [f"zoo:{key}" for key in ZOO])
         raise ModelError(f"model.source: expected {FORMS}, got {source!r}; {hint}")
     channels, height, width = image_shape
     size = height if height == width else (height, width)
+    arguments: dict[str, object] = {"in_channels": channels, "num_classes": num_classes, "image_size": size}
+    build: Callable[[], Any]
     match kind:
         case "zoo":
             if name not in ZOO:
                 raise ModelError(f"model.source: unknown network {source!r}; {nearest(name, ZOO)}")
-            build = _factory(ZOO[name], in_channels=channels, num_classes=num_classes, image_size=size)
+            build = partial(ZOO[name], **_accepted(ZOO[name], arguments))
         case "timm":
             build = _timm(name, channels, num_classes)
         case "torchvision":
             build = _torchvision(name, channels, num_classes)
         case _:
-            build = _user_factory(kind, name, in_channels=channels, num_classes=num_classes, image_size=size)
+            build = _user_factory(kind, name, arguments)
     return ModelSource(source, lambda seed: _seeded(build, seed, source), rebuildable=True)
+
+
+def _frozen(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    fixed = {id(layer.weight) for layer in network.modules() if isinstance(layer, OptionAShortcut)}
+    return [
+        (name, parameter)
+        for name, parameter in network.named_parameters()
+        if not parameter.requires_grad and parameter.is_floating_point() and id(parameter) not in fixed
+    ]
 
 
 def _seeded(build: Callable[[], Any], seed: int, source: str) -> nn.Module:
@@ -84,15 +114,16 @@ def _seeded(build: Callable[[], Any], seed: int, source: str) -> nn.Module:
     return network
 
 
-def _factory(factory: Callable[..., Any], **arguments: object) -> Callable[[], Any]:
+def _accepted(factory: Callable[..., Any], arguments: dict[str, object]) -> dict[str, object]:
+    """Those of the keyword arguments that a factory takes."""
     parameters = inspect.signature(factory).parameters.values()
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        accepted = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
-        arguments = {key: value for key, value in arguments.items() if key in accepted}
-    return lambda: factory(**arguments)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return arguments
+    accepted = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    return {key: value for key, value in arguments.items() if key in accepted}
 
 
-def _user_factory(module_name: str, name: str, **arguments: object) -> Callable[[], Any]:
+def _user_factory(module_name: str, name: str, arguments: dict[str, object]) -> Callable[[], Any]:
     source = f"{module_name}:{name}"
     with _current_folder_importable():
         try:
@@ -117,16 +148,19 @@ def _user_factory(module_name: str, name: str, **arguments: object) -> Callable[
             f"{source}: expected a function or class that returns a network, got a {type(factory).__name__} object; "
             "name a function that returns it"
         )
-    build = _factory(factory, **arguments)
+    given = _accepted(factory, arguments)
 
-    def call() -> Any:
+    def build() -> Any:
         with _current_folder_importable():
             try:
-                return build()
+                return factory(**given)
             except Exception as error:  # the user's factory may raise anything
-                raise ModelError(f"{source}: the factory failed: {type(error).__name__}: {error}") from error
+                call = ", ".join(f"{key}={value!r}" for key, value in given.items())
+                raise ModelError(
+                    f"{source}: the factory failed: {type(error).__name__}: {error}; it was called with ({call})"
+                ) from error
 
-    return call
+    return build
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -10,17 +9,26 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from coldforge.attacks import loss_direction, parse_inner, perturb
-from coldforge.compress import PruningPlan, Structure, fold_quantized, joined, save_network, taylor
+from coldforge.attacks import loss_direction, parse_inner, perturb, predict
+from coldforge.compress import PruningPlan, Structure, fold_quantized, joined, network_digest, save_network, taylor
 from coldforge.compress import build as build_network
 from coldforge.compress import prune as prune_channels
 from coldforge.compress import quantize as quantize_network
 from coldforge.compress.importance import Importance
 from coldforge.errors import RecipeError
+from coldforge.evaluate import chance_doubt
 from coldforge.models import check_classifier, load_weights, normalized
 from coldforge.recipe import QuantizeSpec, TrainSpec
 from coldforge.stages.shop import Report, Shop, Stage, file_digest, write_json
-from coldforge.stages.training import joined_outcomes, outcome_of, threat_of, train_into, trained, training_macs
+from coldforge.stages.training import (
+    UNTRAINED,
+    joined_outcomes,
+    outcome_of,
+    threat_of,
+    train_into,
+    trained,
+    training_macs,
+)
 
 _OPTIMIZER = ("optimizer", "lr", "momentum", "nesterov", "weight_decay")
 _UNTRAINED = "rounded to {} bits after all of its training; a lower finetune.float_epochs trains through the rounding"
@@ -41,7 +49,7 @@ def baseline(shop: Shop) -> Stage:
             network = normalized(bare, structure.mean, structure.std).eval()
             check_classifier(network, structure.image_shape, len(structure.classes))
             save_network(folder, network, structure)
-            write_json(folder / "result.json", {})
+            write_json(folder / "result.json", UNTRAINED | {"notes": _doubts(shop, network)})
 
         return shop.declare("baseline", "baseline: load", [structure, weights, spec.key_prefix, *_code(shop)], [], load)
     build = _training(shop, lambda: build_network(structure, seed=shop.recipe.seed), structure, spec.train)
@@ -54,6 +62,16 @@ def baseline(shop: Shop) -> Stage:
         trains=True,
         macs=training_macs(shop, spec.train, shop.dense_macs()),
     )
+
+
+def _doubts(shop: Shop, network: nn.Module) -> list[str]:
+    """Said now, before hours of fine-tuning: the usual mistakes with a network of one's own."""
+    part = shop.data.validation.take(slice(0, 1000))
+    right = predict(network, part.pixels()).argmax(1) == part.labels
+    doubt = chance_doubt(float(right.double().mean()), len(part.classes))
+    if doubt:
+        shop.progress.note(doubt)
+    return [doubt] if doubt else []
 
 
 def reference(shop: Shop) -> Stage:
@@ -310,6 +328,8 @@ def _dense_structure(shop: Shop) -> Structure:
     spec, shape = shop.recipe.model, shop.data.image_shape
     mean, std = spec.mean or shop.data.mean, spec.std or shop.data.std
     if not shop.source.rebuildable:  # a live network takes pixels, or normalizes them itself
+        if bool(spec.mean) != bool(spec.std):
+            raise RecipeError("model.mean and model.std: expected both or none of them, got one")
         mean, std = spec.mean or (0.0,) * shape[0], spec.std or (1.0,) * shape[0]
     elif spec.checkpoint and not (spec.mean and spec.std):
         raise RecipeError(
@@ -345,13 +365,5 @@ def _needs_fresh_weights(shop: Shop, what: str) -> None:
 
 
 def _code(shop: Shop) -> list[str]:
-    """What the key must know of an architecture whose code is not ours: what it builds."""
-    return [] if shop.source.name.startswith("zoo:") else [_network_digest(shop.source.build(0))]
-
-
-def _network_digest(network: nn.Module) -> str:
-    digest = hashlib.sha256(repr(network).encode())
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    """What the key must know of an architecture whose code is not ours: what it builds and computes."""
+    return [] if shop.source.name.startswith("zoo:") else [network_digest(shop.source.build(0))]

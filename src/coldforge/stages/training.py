@@ -73,6 +73,10 @@ def outcome_of(result: TrainResult) -> dict[str, Any]:
     }
 
 
+UNTRAINED: dict[str, Any] = {"train_seconds": 0.0, "train_macs": 0.0, "curve": [], "notes": []}
+"""The outcome of a network that was brought."""
+
+
 def joined_outcomes(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One outcome of several trainings, one after the other."""
     curve = [point for outcome in outcomes for point in outcome["curve"]]

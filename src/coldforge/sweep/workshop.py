@@ -11,7 +11,7 @@ from coldforge import assemble
 from coldforge.data import DataSplits, load_data
 from coldforge.errors import UsageError
 from coldforge.models import ModelSource, check_classifier, model_source, torch_threads
-from coldforge.pipeline import arrow, resolve
+from coldforge.pipeline import arrow, check_trainings, resolve
 from coldforge.progress import Progress
 from coldforge.records import Record
 from coldforge.sealed import write_atomic
@@ -121,6 +121,7 @@ class RecipeWorkshop:
         if data_key not in self._data:
             self._data[data_key] = load_data(recipe.data, cache=self._store.root / "data")
         data = self._data[data_key]
+        check_trainings(recipe, data.augment)
         model_key = spec_hash([recipe.model.source, data.fingerprint])
         if model_key not in self._sources:
             source = model_source(recipe.model.source, image_shape=data.image_shape, num_classes=len(data.classes))
