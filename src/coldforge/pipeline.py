@@ -196,8 +196,11 @@ def _shop(
         num_classes=len(data.classes),
     )
     check_classifier(source.build(0), data.image_shape, len(data.classes))
+    progress = progress or Progress()
+    if frozen := source.frozen():
+        progress.note(f"{len(frozen)} parameters of {source.name} were frozen, such as {frozen[0]!r}; all learn here")
     with torch_threads(recipe.compute.threads):
-        yield Shop(recipe, data, source, store, progress or Progress(), team)
+        yield Shop(recipe, data, source, store, progress, team)
 
 
 def _steps(shop: Shop, made: Arrow) -> list[Step]:

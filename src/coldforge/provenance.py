@@ -229,7 +229,9 @@ def git_state(folder: Path | None = None) -> tuple[str, bool]:
 @cache  # the code that runs is that of the moment when it was imported
 def own_git_state() -> tuple[str, bool]:
     """:func:`git_state` of this package's own repository; empty where it was installed from a wheel."""
-    return git_state(Path(__file__).parent)
+    here = Path(__file__)
+    tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name)  # not so inside of the user's repository
+    return git_state(here.parent) if tracked else ("", False)
 
 
 def _git(folder: Path | None, *arguments: str) -> str:

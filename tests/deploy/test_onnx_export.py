@@ -85,6 +85,33 @@ class Pooled(nn.Module):
         return self.head(x.view(x.size(0), -1))
 
 
+class CeilPooled(nn.Module):
+    """Average poolings whose last windows are cut off: by the edge, and by the padding that does not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(2, 8, 2)
+        self.first, self.last = nn.AvgPool2d(2, ceil_mode=True), nn.AvgPool2d(3, 2, 1, True, count_include_pad=False)
+        self.head = nn.Linear(8 * 9, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.last(self.first(F.relu(self.body(inputs)))).flatten(1))
+
+
+class Clipped(nn.Module):
+    """ReLU6, as in many small networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.depthwise = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.head = nn.Linear(8, 3)
+        nn.init.normal_(self.body.weight)  # some values above 6
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        x = F.relu6(self.depthwise(F.relu6(self.body(inputs))))
+        return self.head(x.mean((2, 3)))
+
+
 @settings(
     max_examples=6,
     phases=[Phase.explicit, Phase.generate],  # an export takes a second: shrinking would take minutes
@@ -111,7 +138,7 @@ def test_integer_file_equals_its_twin(
     assert session.uses_integer_kernels(), session.operators()
 
 
-@pytest.mark.parametrize("network", [Residual, Pooled])
+@pytest.mark.parametrize("network", [Residual, Pooled, CeilPooled])
 def test_additions_and_poolings_run_on_integers(
     network: type[nn.Module], quantized: Factory, images: Tensor, tmp_path: Path
 ) -> None:
@@ -122,6 +149,24 @@ def test_additions_and_poolings_run_on_integers(
     assert session.uses_integer_kernels(), found
     assert not set(found) & {"Add", "AveragePool", "GlobalAveragePool", "ReduceMean", "Relu", "Concat"}, found
     assert_same_answers(twin, session, images)
+
+
+def test_relu6_does_not_take_a_convolution_off_the_integers(quantized: Factory, images: Tensor, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    twin = quantized(normalized(Clipped(), [0.5, 0.4], [0.2, 0.3]).eval())
+    session = export(twin, tmp_path / "model.onnx")
+    assert not set(session.operators()) & {"Conv", "CastLike", "Cast"}, session.operators()
+    assert_same_answers(twin, session, images)
+
+
+def test_a_pooling_that_integer_kernels_get_wrong_is_refused(quantized: Factory, tmp_path: Path) -> None:
+    """ONNX Runtime divides the last windows by a wrong number; a float file is right."""
+    network = CeilPooled()
+    network.last = nn.AvgPool2d(3, 2, 1, True)
+    model = normalized(network, [0.5, 0.4], [0.2, 0.3]).eval()
+    with pytest.raises(ExportError, match="expected an average pooling that integer kernels compute"):
+        export(quantized(model), tmp_path / "model.onnx")
+    export(model, tmp_path / "float.onnx")
 
 
 def test_sixteen_bits_are_exported_as_sixteen_bits(

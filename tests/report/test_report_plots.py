@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import matplotlib.image
@@ -14,13 +13,11 @@ import pytest
 
 from coldforge.errors import UsageError
 from coldforge.records import MaskingRecord, Record
-from coldforge.report.examples import Examples, load_examples, save_examples
+from coldforge.report.examples import Examples
 from coldforge.report.plots import (
     adversarial_figure,
     axis_range,
     bubble_px,
-    place_labels,
-    tradeoff_figure,
     tradeoff_path,
     tradeoff_points,
 )
@@ -30,21 +27,6 @@ Make = Callable[..., Record]
 
 def pixels(png: bytes) -> np.ndarray[Any, Any]:
     return matplotlib.image.imread(io.BytesIO(png), format="png")[..., :3]
-
-
-def test_examples_come_back_and_bytes_are_the_same(make_examples: Callable[..., Examples], tmp_path: Path) -> None:
-    examples = make_examples(count=3, channels=3, side=32)
-    save_examples(examples, tmp_path / "a.safetensors")
-    save_examples(examples, tmp_path / "b.safetensors")
-    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
-    again = load_examples(tmp_path / "a.safetensors")
-    assert (again.classes, again.eps, again.norm) == (examples.classes, 0.1, "linf")
-    assert list(again.adversarial) == list(examples.adversarial)
-    np.testing.assert_array_equal(again.clean, examples.clean)
-    for label, images in examples.adversarial.items():
-        np.testing.assert_array_equal(again.adversarial[label], images)
-        for got, expected in zip(again.predictions[label], examples.predictions[label], strict=True):
-            np.testing.assert_array_equal(got, expected)
 
 
 def test_examples_that_do_not_fit_together_are_refused(make_examples: Callable[..., Examples]) -> None:
@@ -57,19 +39,6 @@ def test_examples_that_do_not_fit_together_are_refused(make_examples: Callable[.
         dataclasses.replace(examples, predictions={})
     with pytest.raises(UsageError, match=r"expected labels from 0 to 1 \(2 class names\), got 0 to 3"):
         dataclasses.replace(examples, classes=("a", "b"))
-
-
-def test_wrong_examples_files_are_refused_with_a_message(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="found nothing"):
-        load_examples(tmp_path / "none.safetensors")
-    (tmp_path / "bad.safetensors").write_bytes(b"no")
-    with pytest.raises(UsageError, match="is not an examples file"):
-        load_examples(tmp_path / "bad.safetensors")
-    from safetensors.numpy import save_file
-
-    save_file({"x": np.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(UsageError, match="expected the format 'coldforge-examples-1', got None"):
-        load_examples(tmp_path / "other.safetensors")
 
 
 @pytest.mark.parametrize(("channels", "side"), [(1, 28), (3, 32)])
@@ -117,8 +86,6 @@ def test_tradeoff_holds_every_attacked_stage(make_record: Make, minimal_record: 
     assert tradeoff_path(record) == [(0, 1), (1, 4)]
     assert tradeoff_path(make_record(artifact=False)) == [(0, 1)]
     assert tradeoff_points(minimal_record) == []
-    with pytest.raises(UsageError, match="expected a record with robust accuracies, got none"):
-        tradeoff_figure(minimal_record)
 
 
 def test_tradeoff_marks_suspect_stages(make_record: Make, masking_suspect: MaskingRecord) -> None:
@@ -127,13 +94,6 @@ def test_tradeoff_marks_suspect_stages(make_record: Make, masking_suspect: Maski
         "adversarially tuned (suspect)",
         "artifact (int8 ONNX) (suspect)",
     ]
-
-
-def test_tradeoff_figure_draws(make_record: Make) -> None:
-    image = pixels(tradeoff_figure(make_record()))
-    assert image.shape == (920, 1440, 3)
-    assert (np.abs(image - np.array([0xC8, 0x50, 0x1E]) / 255).max(axis=-1) < 0.1).sum() > 100  # the artifact
-    assert tradeoff_figure(make_record()) == tradeoff_figure(make_record())
 
 
 def test_bubble_area_is_the_file_size() -> None:
@@ -147,13 +107,3 @@ def test_axis_has_room_even_for_one_point() -> None:
     assert low < 45
     assert high > 55
     assert axis_range([0.0, 100.0]) == (-8.0, 108.0)
-
-
-def test_labels_of_coinciding_bubbles_do_not_overlap() -> None:
-    centers, sizes = [(200.0, 150.0)] * 3, [(100.0, 14.0)] * 3
-    placed = place_labels(centers, [8.0] * 3, sizes, (400.0, 300.0))
-    for i, (x, y) in enumerate(placed):
-        assert 50 <= x <= 350
-        assert 7 <= y <= 293
-        for other_x, other_y in placed[:i]:
-            assert abs(x - other_x) >= 99.9 or abs(y - other_y) >= 13.9

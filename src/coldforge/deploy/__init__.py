@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coldforge.deploy.agreement import agreement, check_agreement
+from coldforge.deploy.agreement import agreement
 from coldforge.deploy.bench import BenchRow, bench
 from coldforge.deploy.onnx import export_onnx
 from coldforge.deploy.runtime import OnnxSession, OpenVinoSession, Session, int8_saturates, open_session
@@ -17,7 +17,6 @@ __all__ = [
     "Verification",
     "agreement",
     "bench",
-    "check_agreement",
     "export_onnx",
     "int8_saturates",
     "open_session",

@@ -25,7 +25,9 @@ def tidy(model: ModelProto) -> ModelProto:
     result = ModelProto()
     result.CopyFrom(model)
     graph = result.graph
-    _constants_to_initializers(graph)
+    kinds = {item.name: item.type.tensor_type.elem_type for item in graph.value_info}
+    _constants_to_initializers(graph, kinds)
+    _plain_average_pool(graph)
     shapes = {item.name: _shape(item) for item in (*graph.value_info, *graph.input, *graph.output)}
     _restore_flatten(graph, shapes)
     _restore_average_pool(graph, shapes)
@@ -67,8 +69,8 @@ def _attribute(node: NodeProto, name: str, default: Any) -> Any:
     return next((helper.get_attribute_value(item) for item in node.attribute if item.name == name), default)
 
 
-def _constants_to_initializers(graph: GraphProto) -> None:
-    """Constant nodes, and reshaped constants, become initializers."""
+def _constants_to_initializers(graph: GraphProto, kinds: dict[str, int]) -> None:
+    """Constant nodes, and constants that are reshaped or cast to the type of a value, become initializers."""
     values = {item.name: numpy_helper.to_array(item) for item in graph.initializer if len(item.dims) < 2}
 
     def change(node: NodeProto) -> list[NodeProto] | None:
@@ -76,6 +78,8 @@ def _constants_to_initializers(graph: GraphProto) -> None:
             value = _constant(node)
         elif node.op_type == "Reshape" and node.input[0] in values and node.input[1] in values:
             value = values[node.input[0]].reshape(values[node.input[1]].tolist())
+        elif node.op_type == "CastLike" and node.input[0] in values and kinds.get(node.input[1]) == TensorProto.FLOAT:
+            value = values[node.input[0]].astype(np.float32)  # the bounds of a Clip, such as ReLU6
         else:
             return None
         values[node.output[0]] = value
@@ -126,6 +130,25 @@ def _restore_average_pool(graph: GraphProto, shapes: dict[str, tuple[int | str, 
         ]
 
     _replace(graph, change)
+
+
+def _plain_average_pool(graph: GraphProto) -> None:
+    """Without padding, counting the padding means nothing, and ONNX Runtime's integer kernel gets it wrong where the
+    last window is cut off (ceil_mode).
+    """
+    for node in graph.node:
+        if node.op_type == "AveragePool" and not any(_attribute(node, "pads", ())):
+            for item in node.attribute:
+                if item.name == "count_include_pad":
+                    item.i = 0
+
+
+def miscounts(graph: GraphProto) -> bool:
+    """Whether ONNX Runtime's integer kernels would divide the last windows of an average pooling by a wrong number."""
+    return any(
+        node.op_type == "AveragePool" and _attribute(node, "ceil_mode", 0) and _attribute(node, "count_include_pad", 0)
+        for node in graph.node
+    )
 
 
 def _widen_image(graph: GraphProto) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from coldforge._version import __version__
-from coldforge.deploy.graph import tidy
+from coldforge.deploy.graph import miscounts, tidy
 from coldforge.deploy.integer import integer_form, translations
 from coldforge.errors import ExportError, UsageError
 from coldforge.sealed import write_atomic
@@ -51,8 +51,8 @@ def export_onnx(
             (JSON), input, image_shape (JSON) and largest_bits (of any code; 32: float), which are always there.
 
     Raises:
-        ExportError: where a layer cannot be exported (names it), a weight is not finite, the number of logits is not
-            that of the classes, or the file cannot be written.
+        ExportError: where a layer cannot be exported (names it) or integer kernels would compute it wrong, a weight is
+            not finite, the number of logits is not that of the classes, or the file cannot be written.
         UsageError: for a wrong shape or a reserved metadata key.
     """
     shape = tuple(image_shape)
@@ -66,6 +66,11 @@ def export_onnx(
     with _quiet(), torch.no_grad():
         program = _traced(network, shape, len(classes))
         result = tidy(_translated(network, program, fold=bits == 32))
+    if bits <= 8 and miscounts(result.graph):
+        raise ExportError(
+            "expected an average pooling that integer kernels compute, got one with padding, ceil_mode=True and "
+            "count_include_pad=True, where ONNX Runtime's is wrong; set one of the two to False"
+        )
     result.producer_name, result.producer_version = "coldforge", __version__
     facts = {
         "coldforge_version": __version__,

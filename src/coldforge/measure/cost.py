@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from coldforge.errors import UsageError
 
 
-def count_params(module: nn.Module, *, shared_once: bool = True) -> int:
-    """Number of parameters, trainable and frozen; buffers (BatchNorm statistics, masks) are not parameters.
-
-    Args:
-        module: any network.
-        shared_once: count a tensor that several layers share once; False counts it at every layer that uses it.
-    """
-    parameters = module.named_parameters(remove_duplicate=shared_once)
-    return sum(parameter.numel() for _, parameter in parameters)
+def count_params(module: nn.Module) -> int:
+    """Number of parameters, trainable and frozen, each once; buffers (BatchNorm statistics, masks) are none."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def count_macs(module: nn.Module, image_shape: Sequence[int]) -> int:
@@ -44,9 +40,21 @@ def count_macs(module: nn.Module, image_shape: Sequence[int]) -> int:
     tensor = next((item for item in (*network.parameters(), *network.buffers()) if item.is_floating_point()), None)
     device = torch.device("cpu") if tensor is None else tensor.device
     image = torch.full((1, *shape), 0.5, device=device)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), _seen_attention(), FlopCounterMode(display=False) as counter:
         network(image)
     return int(counter.get_total_flops()) // 2  # the counter calls a multiply-add two operations
+
+
+@contextmanager
+def _seen_attention() -> Iterator[None]:
+    """Attention as the matrix products it consists of: its fused kernels are not counted."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def packed_bytes(tensors: Iterable[tuple[int, int]]) -> int:

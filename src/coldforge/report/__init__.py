@@ -1,11 +1,11 @@
 """The report: what a record says, as a terminal table, as figures and as one self-contained HTML page.
 
-This layer reads only records (:mod:`coldforge.records`) and an examples file; nothing is measured here.
+This layer reads only records (:mod:`coldforge.records`) and adversarial examples; nothing is measured here.
 
     text        how numbers are written
     table       the table of stages, for terminal and Markdown, and the one-sentence verdict
-    examples    adversarial examples and what the networks answer, kept as .safetensors
-    plots       static figures: adversarial.png and the trade-off
+    examples    adversarial examples and what the networks answer
+    plots       adversarial.png, and the points of the trade-off plot
     charts      the interactive trade-off plot and the inline SVG curves of the page
     html        report.html
     sweep       report.html of a sweep, from sweep_rows (what it shows), sweep_answers and sweep_panels

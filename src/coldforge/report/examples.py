@@ -1,21 +1,13 @@
-"""Adversarial examples and what the networks answer: the file from which the report draws its images."""
+"""Adversarial examples and what the networks answer: from which the report draws its images."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from coldforge.errors import UsageError
-from coldforge.sealed import write_atomic
-
-_FORMAT = "coldforge-examples-1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,62 +61,3 @@ class Examples:
 def _expect(what: str, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if got != expected:
         raise UsageError(f"examples: expected {what} of shape {expected}, got {got}")
-
-
-def save_examples(examples: Examples, path: str | Path) -> None:
-    """Write a ``.safetensors`` file, whole or not at all; the same examples give the same bytes."""
-    networks = list(examples.adversarial)
-    arrays: dict[str, NDArray[Any]] = {
-        "clean": examples.clean.astype(np.float32),
-        "labels": examples.labels.astype(np.int64),
-    }
-    for index, label in enumerate(networks):
-        on_clean, on_adversarial = examples.predictions[label]
-        arrays[f"adversarial.{index}"] = examples.adversarial[label].astype(np.float32)
-        arrays[f"answers_clean.{index}"] = on_clean.astype(np.int64)
-        arrays[f"answers_adversarial.{index}"] = on_adversarial.astype(np.int64)
-    about = {
-        "format": _FORMAT,
-        "classes": examples.classes,
-        "networks": networks,
-        "eps": examples.eps,
-        "norm": examples.norm,
-    }
-    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    write_atomic(Path(path), save(whole, metadata={"coldforge": json.dumps(about)}))
-
-
-def load_examples(path: str | Path) -> Examples:
-    """Read what :func:`save_examples` wrote.
-
-    Raises:
-        UsageError: where there is no such file, or it is not an examples file.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise UsageError(f"expected an examples file at {file}, found nothing")
-    try:
-        with safe_open(file, framework="np") as handle:
-            about = json.loads((handle.metadata() or {}).get("coldforge", "{}"))
-            if about.get("format") != _FORMAT:
-                raise UsageError(f"{file}: expected the format {_FORMAT!r}, got {about.get('format')!r}")
-            networks = list(enumerate(about["networks"]))
-            return Examples(
-                clean=handle.get_tensor("clean"),
-                labels=handle.get_tensor("labels"),
-                classes=tuple(about["classes"]),
-                adversarial={label: handle.get_tensor(f"adversarial.{index}") for index, label in networks},
-                predictions={
-                    label: (
-                        handle.get_tensor(f"answers_clean.{index}"),
-                        handle.get_tensor(f"answers_adversarial.{index}"),
-                    )
-                    for index, label in networks
-                },
-                eps=float(about["eps"]),
-                norm=str(about["norm"]),
-            )
-    except (SafetensorError, KeyError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"{file} is not an examples file (damaged or not safetensors): {error}") from None
