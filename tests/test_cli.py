@@ -12,7 +12,7 @@ import pytest
 import coldforge
 from coldforge import cli, doctor
 from coldforge.cli import main
-from coldforge.errors import ColdforgeError, CollapseError, DataError, Interrupted, StoreError
+from coldforge.errors import ColdforgeError, CollapseError, DataError, StoreError
 from coldforge.progress import Step
 from coldforge.recipe import load_recipe
 from coldforge.records import Record, load_record
@@ -243,7 +243,6 @@ def test_wrong_usage_exits_with_2(words, message, capsys, pipeline):
         (CollapseError("it fell"), 1, "coldforge: error: it fell\n"),
         (StoreError("full"), 1, "coldforge: error: full\n"),
         (KeyboardInterrupt(), 130, f"coldforge: {cli.CONTINUE}\n"),
-        (Interrupted("stopped; run it again"), 130, "coldforge: stopped; run it again\n"),
         (
             RuntimeError("bug"),
             1,
@@ -336,15 +335,18 @@ class Check:
 @pytest.mark.parametrize("passed", [True, False])
 def test_verify(passed, fake, capsys):
     checks = [Check("labels", passed), Check("latency", True)]
-    fake("coldforge.deploy.verify", verify_folder=lambda folder: SimpleNamespace(ok=passed, checks=checks))
+    verdict = SimpleNamespace(ok=passed, checks=checks, differences=("torch: 2.6 when recorded, 2.13 here",))
+    fake("coldforge.deploy.verify", verify_folder=lambda folder: verdict)
     assert main(["verify", "folder"]) == (0 if passed else 1)
     out = capsys.readouterr().out
     assert "labels are equal" in out
-    assert out.rstrip().endswith("all checks passed" if passed else "1 of 2 checks failed")
+    told = "all checks passed" if passed else "1 of 2 checks failed"
+    assert out.endswith(f"{told}\n\nNot as where it was made:\n  torch: 2.6 when recorded, 2.13 here\n")
     assert ("FAILED" in out) != passed
     assert main(["verify", "folder", "--json"]) == (0 if passed else 1)
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] == passed
+    assert found["differences"] == ["torch: 2.6 when recorded, 2.13 here"]
     assert found["checks"][1] == {
         "name": "latency", "passed": True, "expected": "1.0", "found": "0.9", "meaning": "labels are equal",
     }  # fmt: skip

@@ -18,7 +18,6 @@ def test_every_error_has_the_root_and_stands_in_the_tree_of_the_docstring(error)
 def test_errors_are_also_the_builtin_kind_that_callers_expect():
     assert issubclass(errors.RecipeError, ValueError)
     assert issubclass(errors.UsageError, ValueError)
-    assert issubclass(errors.Interrupted, KeyboardInterrupt)
     assert issubclass(errors.TraceError, errors.ModelError)
     assert issubclass(errors.CollapseError, errors.TrainingError)
 

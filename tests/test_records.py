@@ -67,6 +67,12 @@ def test_records_are_frozen_and_refuse_unknown_keys():
         ("{", "is not a coldforge record"),
         (json.dumps(content(stages=[])), "is not a coldforge record: .*at least 1 item"),
         (json.dumps(content(schema_version=99)), f"expected schema_version {SCHEMA_VERSION}, got 99"),
+        (
+            json.dumps(content(schema_version=99, new_key=1)),
+            f"expected schema_version {SCHEMA_VERSION}, got 99; read it",
+        ),
+        (json.dumps(content(new_key=1)), "is not a coldforge record: new_key: Extra inputs"),
+        ("[]", "is not a coldforge record"),
     ],
 )
 def test_bad_records(tmp_path, text, message):

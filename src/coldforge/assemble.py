@@ -18,6 +18,7 @@ from coldforge.models import channels_last
 from coldforge.provenance import provenance
 from coldforge.recipe import to_toml
 from coldforge.records import (
+    LEAST_AGREEMENT,
     AgreementRecord,
     CurvePoint,
     LatencyRecord,
@@ -42,8 +43,6 @@ LABELS: dict[str, tuple[StageName, str]] = {
 }
 """Row to name and label in the record, in the order of the table."""
 
-AGREEMENT_LIMIT = 0.995
-
 
 def record(shop: Shop, made: Arrow, command: str = "") -> Record:
     """Put together what the stages found."""
@@ -66,6 +65,7 @@ def record(shop: Shop, made: Arrow, command: str = "") -> Record:
             for name in recipe.evaluate.attacks
         },
         artifact_sha256=shop.result(file)["sha256"],
+        integer_kernels=shop.result(made.evidence["agree"])["integer_kernels"],
         parent_size_bytes=shop.result(made.files["parent"])["size_bytes"],
     )
     return Record(
@@ -96,7 +96,7 @@ def _row(shop: Shop, made: Arrow, row: str) -> StageRecord:
     if row == "artifact":
         found = shop.result(made.evidence["agree"])
         agreed = AgreementRecord(clean=found["clean"], adversarial=found["adversarial"])
-        notes += _warnings(cost, found)
+        notes += _warnings(cost, found, reduced=shop.recipe.deploy.reduce_range)
     robustness = shop.result(made.evidence[f"evaluate: {row}"])
     checked = made.evidence.get(f"masking: {row}")
     return StageRecord(
@@ -127,17 +127,17 @@ def _trained(made: Arrow, row: str) -> dict[str, Stage]:
     return {"compressed": made.networks["parent"], **after}
 
 
-def _warnings(cost: dict[str, Any], agreed: dict[str, Any]) -> list[str]:
+def _warnings(cost: dict[str, Any], agreed: dict[str, Any], *, reduced: bool) -> list[str]:
     notes = []
     for part in ("clean", "adversarial"):
-        if agreed[part] < AGREEMENT_LIMIT:
+        if agreed[part] < LEAST_AGREEMENT:
             notes.append(
                 f"the file and its twin agree on only {agreed[part]:.2%} of the {part} labels "
-                f"(expected at least {AGREEMENT_LIMIT:.1%})"
+                f"(expected at least {LEAST_AGREEMENT:.1%})"
             )
     if cost["weight_bits"] <= 8 and not agreed["integer_kernels"]:
         notes.append("the runtime computes part of this file in floating point: it will be slower than it could be")
-    if agreed["saturates"] and cost["weight_bits"] <= 8:
+    if agreed["saturates"] and cost["weight_bits"] <= 8 and not reduced:
         notes.append(
             "this CPU's 8-bit kernels saturate (no VNNI): the file may answer differently here; "
             "deploy.reduce_range = true trains and exports 7-bit weights, which cannot"

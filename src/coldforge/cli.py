@@ -19,7 +19,7 @@ from cyclopts import App, CycloptsError, Parameter
 from coldforge._version import __version__
 from coldforge.cli_store import store_app
 from coldforge.cli_sweep import add_commands
-from coldforge.errors import ColdforgeError, Interrupted, RecipeError, UsageError
+from coldforge.errors import ColdforgeError, RecipeError, UsageError
 from coldforge.evaluation.request import DEFAULTS, EXAMPLES, NETWORK_DEFAULTS, NetworkRequest, Request
 
 if TYPE_CHECKING:
@@ -54,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(app(words, exit_on_error=False, result_action="return_value") or 0)
     except CycloptsError:  # said already
         return 2
-    except (KeyboardInterrupt, Interrupted) as error:
+    except KeyboardInterrupt:
         ways = {"run": CONTINUE, "sweep": CONTINUE, "evaluate": CONTINUE_EVALUATION}
-        return _fail(str(error) or ways.get(next(iter(words), ""), "interrupted"), 130, debug)
+        return _fail(ways.get(next(iter(words), ""), "interrupted"), 130, debug)
     except ColdforgeError as error:
         return _fail(f"error: {error}", 2 if isinstance(error, (RecipeError, UsageError)) else 1, debug)
     except BrokenPipeError:  # the reader, such as head, has seen enough
@@ -288,7 +288,8 @@ def verify(folder: Path, /, *, json: bool = False) -> int:
 
     verdict = verify_folder(folder)
     if json:
-        print_json({"ok": verdict.ok, "checks": [asdict(check) for check in verdict.checks]})
+        checks = [asdict(check) for check in verdict.checks]
+        print_json({"ok": verdict.ok, "checks": checks, "differences": list(verdict.differences)})
     else:
         rows = [
             (check.name, "ok" if check.passed else "FAILED", check.expected, check.found, check.meaning)
@@ -297,6 +298,8 @@ def verify(folder: Path, /, *, json: bool = False) -> int:
         print_table(("check", "", "expected", "found", "meaning"), rows)
         failed = sum(not check.passed for check in verdict.checks)
         sys.stdout.write("all checks passed\n" if verdict.ok else f"{failed} of {len(rows)} checks failed\n")
+        if verdict.differences:
+            sys.stdout.write("\nNot as where it was made:\n" + "".join(f"  {line}\n" for line in verdict.differences))
     return 0 if verdict.ok else 1
 
 

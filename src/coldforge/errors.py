@@ -10,8 +10,7 @@ ColdforgeError
 ├── TrainingError      training failed and could not be saved by a retry
 │   └── CollapseError  the network fell to a constant answer
 ├── ExportError        the ONNX file could not be written or does not match its twin
-├── StoreError         the store cannot be read or written
-└── Interrupted        stopped by the user; says how to continue (also a KeyboardInterrupt)
+└── StoreError         the store cannot be read or written
 """
 
 from __future__ import annotations
@@ -62,10 +61,6 @@ class ExportError(ColdforgeError):
 
 class StoreError(ColdforgeError):
     """The store cannot be read or written."""
-
-
-class Interrupted(ColdforgeError, KeyboardInterrupt):
-    """The user stopped the run; finished stages and checkpoints stay in the store."""
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

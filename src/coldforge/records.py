@@ -6,6 +6,8 @@ accuracies are fractions, times are seconds, sizes are bytes, energy is joules.
 
 from __future__ import annotations
 
+import contextlib
+import json
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -53,6 +55,10 @@ class LatencyRecord(RecordModel):
     """Seconds per batch."""
     p10: float
     p90: float
+
+
+LEAST_AGREEMENT = 0.995
+"""Part of the labels, clean and adversarial, that a file must share with its twin, and with itself elsewhere."""
 
 
 class AgreementRecord(RecordModel):
@@ -278,10 +284,18 @@ def _load(kind: type[RecordT], path: str | Path, name: str, command: str) -> Rec
             f"expected {article} {name} at {file}, found nothing; "
             f"`coldforge {command}` writes one into its --out folder"
         )
+    content = file.read_bytes()
+    version = SCHEMA_VERSION
+    with contextlib.suppress(ValueError, AttributeError):  # what is wrong is said below
+        version = json.loads(content).get("schema_version", SCHEMA_VERSION)
+    if version != SCHEMA_VERSION:  # asked first: the keys of another schema may be others
+        raise UsageError(
+            f"{file}: expected schema_version {SCHEMA_VERSION}, got {version}; "
+            "read it with the version of coldforge that wrote it"
+        )
     try:
-        record = kind.model_validate_json(file.read_bytes())
+        return kind.model_validate_json(content)
     except ValidationError as error:
-        raise UsageError(f"{file} is not a coldforge {name}: {error.errors()[0]['msg']}") from None
-    if record.schema_version != SCHEMA_VERSION:
-        raise UsageError(f"{file}: expected schema_version {SCHEMA_VERSION}, got {record.schema_version}")
-    return record
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UsageError(f"{file} is not a coldforge {name}: {where + ': ' if where else ''}{first['msg']}") from None

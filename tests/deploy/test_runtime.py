@@ -132,6 +132,15 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         OnnxSession(tmp_path / "no.onnx")
 
 
+def test_a_file_with_two_outputs(tmp_path: Path) -> None:
+    model = onnx.load(tiny_file(tmp_path / "two.onnx", [4, 1, 2, 2], [4, 4]))
+    model.graph.output.append(model.graph.output[0])
+    model.graph.output[1].name = "probabilities"
+    onnx.save(model, tmp_path / "two.onnx")
+    with pytest.raises(ModelError, match=r"expected one output, logits \(N, classes\), got \w+, probabilities"):
+        OnnxSession(tmp_path / "two.onnx")
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a zip file", b"\x08\x0a" * 40, b"hello"])
 def test_a_file_that_is_not_onnx(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.onnx"

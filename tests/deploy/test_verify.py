@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coldforge.deploy import verify
+from coldforge.deploy.onnx import export_onnx
 from coldforge.deploy.runtime import OnnxSession
 from coldforge.deploy.verify import Verification, verify_folder, write_probe
 from coldforge.errors import UsageError
@@ -23,7 +25,13 @@ ADVERSARIAL = torch.rand(N, 2, 10, 10, generator=torch.Generator().manual_seed(1
 
 
 def record_of(
-    file: Path, *, median: float = 10.0, cpu: str | None = None, name: str = "artifact", bits: int = 8
+    file: Path,
+    *,
+    median: float = 10.0,
+    cpu: str | None = None,
+    name: str = "artifact",
+    bits: int = 8,
+    integer_kernels: bool = True,
 ) -> Record:
     latency = LatencyRecord(runtime="onnxruntime", batch=4, threads=1, median=median, p10=median, p90=median)
     stage = StageRecord(
@@ -51,6 +59,8 @@ def record_of(
         provenance={
             "artifact_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
             "hardware": {"cpu": cpu or cpu_model()},
+            "integer_kernels": integer_kernels,
+            "versions": {"torch": "0.1"},
         },
         threat_model=ThreatModelRecord(norm="linf", eps=0.1, eps_255=25.5, box=True),
         stages=(stage,),
@@ -123,7 +133,26 @@ def test_other_labels_fail_with_their_number(folder: Path) -> None:
 
 def test_a_float_file_that_should_be_integer_fails(int8: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OnnxSession, "uses_integer_kernels", lambda self: False)
-    assert failed(verify_folder(folder, seconds=0.01)) == ["kernels"]
+    found = verify_folder(folder, seconds=0.01)
+    assert failed(found) == ["kernels"]
+    assert check(found, "kernels").expected == "integer"
+
+
+def test_kernels_that_were_never_integer_need_not_be_so(
+    int8: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as those of a network with an activation that has no integer kernel."""
+    folder = fill(tmp_path, int8.path, integer_kernels=False)
+    monkeypatch.setattr(OnnxSession, "uses_integer_kernels", lambda self: False)
+    monkeypatch.setattr(OnnxSession, "operators", lambda self: Counter({"Conv": 2, "Cast": 4}))
+    found = verify_folder(folder, seconds=0.01)
+    assert failed(found) == []
+    assert check(found, "kernels").found == "2 Conv"
+
+
+def test_what_differs_here_is_said(folder: Path) -> None:
+    found = verify_folder(folder, seconds=0.01)
+    assert f"torch: 0.1 when recorded, {torch.__version__} here" in found.differences
 
 
 def test_a_float_file_need_not_be_integer(float32: Any, tmp_path: Path) -> None:
@@ -140,6 +169,21 @@ def test_saturation_warns_while_the_labels_hold(folder: Path, monkeypatch: pytes
     assert "deploy.reduce_range = true; the labels of the probe still hold" in sums.meaning
     probe(folder, torch.full((N,), 9), torch.full((N,), 9))
     assert "8-bit sums" in failed(verify_folder(folder, seconds=0.01))
+
+
+def test_weights_of_seven_bits_do_not_saturate(
+    plain_network: Callable[..., nn.Module], quantized: Callable[..., nn.Module], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    twin = quantized(plain_network(), bits=7, activation_bits=8, edge_bits=7)
+    export_onnx(twin, tmp_path / "seven.onnx", image_shape=(2, 10, 10), classes=("a", "b", "c"))
+    assert OnnxSession(tmp_path / "seven.onnx").metadata["largest_weight_bits"] == "7"
+    folder = tmp_path / "run"
+    folder.mkdir()
+    monkeypatch.setattr(verify, "int8_saturates", lambda: True)
+    sums = check(verify_folder(fill(folder, tmp_path / "seven.onnx"), seconds=0.01), "8-bit sums")
+    assert sums.passed
+    assert "reduce_range" not in sums.meaning
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,6 @@ def build_record(
             train_seconds=64.8,
             train_macs=3.4e12,
             curve=_curve([0.81, 0.832, 0.846], [0.64, 0.723, 0.752]),
-            masking=masking,
             **tough,
             notes=("Training collapsed at lr 0.05 in epoch 1 and was started again at lr 0.0167.",),
         ),

@@ -12,6 +12,7 @@ from rich.table import Table
 from coldforge.records import LatencyRecord, MaskingRecord, Record, StageRecord
 from coldforge.report.table import (
     attacks,
+    footnotes,
     headline,
     shown_speed,
     subject,
@@ -157,7 +158,7 @@ def test_headline_of_the_full_record(make_record: Make) -> None:
     assert headline(make_record()) == (
         "The artifact keeps 84.5 % clean accuracy (baseline 92.0 %), holds 75.0 % in the worst case of all attacks "
         "(baseline 0.3 %), and is 13.7 times smaller and 12.7 times faster than the dense network in eager PyTorch "
-        "(4.0 times faster with both in ONNX Runtime)."
+        "(4.0 times faster with both in ONNX Runtime), at batch 64."
     )
 
 
@@ -197,3 +198,31 @@ def test_subject_prefers_the_artifact_then_the_adversarial_arm(make_record: Make
     assert subject(make_record()).name == "artifact"
     assert subject(make_record(artifact=False)).label == "adversarially tuned"
     assert subject(minimal_record).name == "baseline"
+
+
+def test_headline_says_where_robustness_fell(make_record: Make) -> None:
+    """As that of a base that was trained adversarially may, when it is compressed."""
+    tough = {"robust_accuracy": {"worst_case": 0.85}, "robust_ci95": {"worst_case": (0.84, 0.86)}}
+    sentence = headline(changed(make_record(), "baseline", **tough))
+    assert "falls to 75.0 % in the worst case of all attacks (baseline 85.0 %)" in sentence
+    assert "no measurable gain" not in sentence
+
+
+def test_an_unchecked_robust_accuracy_says_so(make_record: Make) -> None:
+    record = changed(make_record(), "artifact", masking=MaskingRecord())
+    assert headline(record).endswith(
+        "The masking checks were not run: nothing says whether this robust accuracy holds."
+    )
+    assert any(line.startswith("Not checked (artifact (int8 ONNX)): The masking") for line in footnotes(record))
+    assert "not run" not in headline(make_record())
+    assert not any("Not checked" in line for line in footnotes(make_record()))
+
+
+@pytest.mark.parametrize(("arm", "label"), [("adversarial", "adversarially tuned"), ("natural", "naturally tuned")])
+def test_the_network_of_a_suspect_file_is_suspect(
+    arm: str, label: str, make_record: Make, masking_suspect: MaskingRecord
+) -> None:
+    record = make_record(masking=masking_suspect)
+    recipe = {**record.recipe, "deploy": {"arm": arm}}
+    rows = summary_rows(record.model_copy(update={"recipe": recipe}))
+    assert [row.stage.label for row in rows if row.suspect] == [label, "artifact (int8 ONNX)"]

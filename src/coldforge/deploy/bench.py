@@ -48,7 +48,8 @@ def bench(
     seconds: float = 1.0,
     runtimes: Sequence[str] = ("onnxruntime",),
 ) -> list[BenchRow]:
-    """Measure files in turns (A B A B ...), so that their ratios hold on a noisy machine.
+    """Measure the latency of files in turns (A B A B ...), so that their ratios hold on a noisy machine, and then the
+    energy of each.
 
     Args:
         paths: ONNX files, or folders that hold a ``model.onnx``.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from coldforge._version import __version__
+from coldforge.compress import QuantizedLayer
 from coldforge.deploy.graph import miscounts, tidy
 from coldforge.deploy.integer import integer_form, translations
 from coldforge.errors import ExportError, UsageError
@@ -24,7 +25,7 @@ from coldforge.sealed import write_atomic
 OPSET = 21
 """The first with 16-bit QuantizeLinear."""
 
-_OWN_KEYS = ("coldforge_version", "classes", "input", "image_shape", "largest_bits")
+_OWN_KEYS = ("coldforge_version", "classes", "input", "image_shape", "largest_bits", "largest_weight_bits")
 
 
 def export_onnx(
@@ -48,7 +49,8 @@ def export_onnx(
         image_shape: (C, H, W).
         classes: name of each logit.
         metadata: further facts for the file (threat model, normalization, ...), beside coldforge_version, classes
-            (JSON), input, image_shape (JSON) and largest_bits (of any code; 32: float), which are always there.
+            (JSON), input, image_shape (JSON), largest_bits (of any code; 32: float) and largest_weight_bits, which are
+            always there.
 
     Raises:
         ExportError: where a layer cannot be exported (names it) or integer kernels would compute it wrong, a weight is
@@ -78,6 +80,7 @@ def export_onnx(
         "input": "pixels in [0, 1], NCHW float32",
         "image_shape": json.dumps(shape),
         "largest_bits": str(bits),
+        "largest_weight_bits": str(_largest_weight_bits(model)),
         **(metadata or {}),
     }
     onnx.helper.set_model_props(result, facts)
@@ -88,6 +91,10 @@ def export_onnx(
         raise ExportError(
             f"cannot write {path}: {error.strerror or error}; choose another folder or free space"
         ) from error
+
+
+def _largest_weight_bits(model: nn.Module) -> int:
+    return max((layer.bits for layer in model.modules() if isinstance(layer, QuantizedLayer)), default=32)
 
 
 def _check_finite(network: nn.Module) -> None:

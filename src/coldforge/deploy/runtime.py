@@ -100,6 +100,9 @@ def read_header(path: str | Path) -> FileHeader:
             f"{file}: expected a float32 input of 4 dimensions (N, C, H, W), "
             f"got {name} of {len(shape)} dimensions {shape}"
         )
+    if len(model.graph.output) != 1:
+        names = ", ".join(item.name for item in model.graph.output)
+        raise ModelError(f"{file}: expected one output, logits (N, classes), got {names}; export it with these alone")
     answer = _sizes(model.graph.output[0])
     if len(answer) != 2:
         raise ModelError(f"{file}: expected logits of 2 dimensions (N, classes), got {len(answer)} dimensions {answer}")

@@ -10,17 +10,15 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from coldforge.deploy.agreement import agreement
-from coldforge.deploy.runtime import OnnxSession, int8_saturates
+from coldforge.deploy.runtime import FLOAT_KERNELS, OnnxSession, int8_saturates
 from coldforge.errors import ModelError, UsageError
 from coldforge.measure.latency import measure_latency
-from coldforge.provenance import cpu_model
-from coldforge.records import LatencyRecord, Record, StageRecord, load_record
+from coldforge.provenance import cpu_model, differences, hardware, versions
+from coldforge.records import LEAST_AGREEMENT, LatencyRecord, Record, StageRecord, load_record
 from coldforge.sealed import sha256_of, write_atomic
 
 MODEL, PROBE = "model.onnx", "probe.safetensors"
 
-LEAST_AGREEMENT = 0.995
-"""Least part of equal labels."""
 MOST_SLOWDOWN = 2.0
 """A file this many times slower than its record, on the same CPU model, fails."""
 
@@ -43,6 +41,8 @@ class Verification:
     """All checks of a folder."""
 
     checks: tuple[Check, ...]
+    differences: tuple[str, ...] = ()
+    """What differs here in versions and hardware from where the folder was made; for information."""
 
     @property
     def ok(self) -> bool:
@@ -90,7 +90,8 @@ def verify_folder(folder: str | Path, *, seconds: float = 1.0) -> Verification:
 
     Returns:
         The checks: the file's checksum; equal labels on clean and on adversarial images (at least 99.5 %); integer
-        kernels, where the file has at most 8 bits; exact 8-bit sums on this processor; latency.
+        kernels, where the file has at most 8 bits and had them where it was made; exact 8-bit sums on this processor;
+        latency. And what differs here.
 
     Raises:
         UsageError: where a part of the folder is missing or unreadable.
@@ -106,20 +107,22 @@ def verify_folder(folder: str | Path, *, seconds: float = 1.0) -> Verification:
     if not file.is_file():
         raise UsageError(f"expected the file {file}, found nothing; copy the whole folder that `coldforge run` wrote")
     probe = _read_probe(root / PROBE)
+    differs = tuple(differences(record.provenance, {"versions": versions(), "hardware": hardware()}))
     checks = [_check_checksum(file, record)]
     try:
         session = OnnxSession(file)
     except ModelError as error:
         checks.append(Check("file loads", False, "an ONNX file", str(error), "the file was damaged on its way here"))
-        return Verification(tuple(checks))
+        return Verification(tuple(checks), differs)
     clean = _check_labels("labels, clean", session, probe["images"], probe["clean_answer"])
     adversarial = _check_labels("labels, adversarial", session, probe["adversarial"], probe["adversarial_answer"])
     checks += [clean, adversarial]
     if _integers_expected(session, stage):
-        checks.append(_check_kernels(session))
-        checks.append(_check_saturation(labels_hold=clean.passed and adversarial.passed))
+        checks.append(_check_kernels(session, record))
+        reduced = int(session.metadata.get("largest_weight_bits", 8)) < 8
+        checks.append(_check_saturation(labels_hold=clean.passed and adversarial.passed, reduced=reduced))
     checks += [_check_latency(file, record, row, probe["images"], seconds) for row in stage.latency_s]
-    return Verification(tuple(checks))
+    return Verification(tuple(checks), differs)
 
 
 def _read_probe(path: Path) -> dict[str, Tensor]:
@@ -136,11 +139,9 @@ def _read_probe(path: Path) -> dict[str, Tensor]:
 
 
 def _check_checksum(file: Path, record: Record) -> Check:
-    expected = str(record.provenance.get("artifact_sha256", "none in the record"))
-    found = sha256_of(file)
-    return Check(
-        "checksum", found == expected, expected[:16], found[:16], "model.onnx is the file that the record is about"
-    )
+    expected, found = str(record.provenance.get("artifact_sha256", "")), sha256_of(file)
+    shown = expected[:16] or "none in the record"
+    return Check("checksum", found == expected, shown, found[:16], "model.onnx is the file that the record is about")
 
 
 def _check_labels(name: str, session: OnnxSession, images: Tensor, answers: Tensor) -> Check:
@@ -160,17 +161,24 @@ def _integers_expected(session: OnnxSession, stage: StageRecord) -> bool:
     return int(session.metadata.get("largest_bits", recorded)) <= 8
 
 
-def _check_kernels(session: OnnxSession) -> Check:
+def _check_kernels(session: OnnxSession, record: Record) -> Check:
+    expected = bool(record.provenance.get("integer_kernels", True))
+    operators = session.operators()
+    floats = ", ".join(f"{operators[name]} {name}" for name in sorted(FLOAT_KERNELS) if name in operators)
     integer = session.uses_integer_kernels()
-    found = "integer" if integer else ", ".join(f"{count} {name}" for name, count in session.operators().most_common())
-    return Check(
-        "kernels", integer, "integer", found, "every convolution and matrix product runs on 8-bit integers here"
-    )
+    meaning = "every convolution and matrix product runs on 8-bit integers here"
+    if not expected:
+        meaning = "part of this network runs in floating point, as where it was made"
+    found = "integer" if integer else floats or "no convolution or matrix product"
+    wanted = "integer" if expected else "in part floating point"
+    return Check("kernels", integer or not expected, wanted, found, meaning)
 
 
-def _check_saturation(*, labels_hold: bool) -> Check:
+def _check_saturation(*, labels_hold: bool, reduced: bool) -> Check:
     saturates = int8_saturates()
     meaning = "8-bit kernels of this processor add up without loss"
+    if saturates and reduced:
+        return Check("8-bit sums", labels_hold, "exact", "exact for weights of 7 bits", meaning)
     if saturates:
         meaning = (
             "this processor adds pairs of 8-bit products in 16 bits (no VNNI), so labels may differ from other "

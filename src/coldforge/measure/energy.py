@@ -36,6 +36,7 @@ def energy_per_image(
     images_per_call: int,
     *,
     seconds: float = 1.0,
+    settle: float = 0.06,
     device: Device = "cpu",
     powercap: Path = POWERCAP,
     clock: Callable[[], float] = time.perf_counter,
@@ -47,6 +48,8 @@ def energy_per_image(
         call: does one batch, and waits for its result.
         images_per_call: images in that batch.
         seconds: how long to run; counters advance about every millisecond, so less than 0.1 s means little.
+        settle: seconds of calls before that, in which the threads of the runtime before, which spin for some tens of
+            milliseconds after their work, go to sleep: they would be charged to this one. One call at least.
         device: where the call computes; "cuda" reads the GPU's counter if it can.
         powercap, clock, cpu_time: replaced in tests.
 
@@ -59,7 +62,10 @@ def energy_per_image(
     if images_per_call < 1:
         raise UsageError(f"images_per_call: expected at least 1, got {images_per_call}")
     read_joules, method = _meter(device, powercap, cpu_time)
-    call()
+    start, calls = clock(), 0
+    while calls == 0 or clock() - start < settle:
+        call()
+        calls += 1
     before, start, calls = read_joules(), clock(), 0
     while calls == 0 or clock() - start < seconds:
         call()

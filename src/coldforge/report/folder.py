@@ -53,6 +53,8 @@ def _examples(path: Path, record: Record) -> Examples | None:
         return None
     try:
         arrays = load_file(path)
+        if arrays["clean"].shape[1] not in (1, 3):  # no picture
+            return None
         networks = [name.removesuffix("/adversarial") for name in sorted(arrays) if name.endswith("/adversarial")]
         return Examples(
             clean=arrays["clean"].astype(np.float32),

@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 
 from coldforge.errors import RecipeError, StoreError
 from coldforge.recipe import load_recipe, to_toml
-from coldforge.records import LatencyRecord, Record, StageRecord
+from coldforge.records import LEAST_AGREEMENT, LatencyRecord, Record, StageRecord
 from coldforge.report import text
 from coldforge.report.charts import Chart, curve_charts, tradeoff_data
 from coldforge.report.examples import Examples
@@ -28,6 +28,7 @@ from coldforge.report.table import (
     footnotes,
     headline,
     is_suspect,
+    is_unchecked,
     shown_speed,
     speed,
     strongest,
@@ -36,9 +37,6 @@ from coldforge.report.table import (
     summary_rows,
 )
 from coldforge.sealed import write_atomic
-
-AGREEMENT_FLOOR = 0.995
-"""Part of the labels that twin and artifact must share."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def render_report(record: Record, examples_png: bytes | None = None) -> str:
     view: dict[str, Any] = {
         "record": record,
         "stage": stage,
-        "suspect": is_suspect(stage),
+        "suspect": is_suspect(record, stage),
         "headline": unbroken(headline(record)),
         "title": str(record.recipe.get("name") or "coldforge"),
         "description": str(record.recipe.get("description") or ""),
@@ -98,8 +96,8 @@ def render_report(record: Record, examples_png: bytes | None = None) -> str:
         "plotly": plotly_source(),
         "examples_png": base64.b64encode(examples_png).decode() if examples_png else "",
         "bars": _bars(stage),
-        "curves": [_curves(item) for item in record.stages if item.curve],
-        "agreement_floor": AGREEMENT_FLOOR,
+        "curves": [_curves(record, item) for item in record.stages if item.curve],
+        "least_agreement": LEAST_AGREEMENT,
         "checked": [item for item in record.stages if item.masking.verdict != "not_run"],
         "unchecked": [
             item.label for item in record.stages if item.masking.verdict == "not_run" and item.robust_accuracy
@@ -223,7 +221,8 @@ def _cards(record: Record, stage: StageRecord) -> Iterator[Card]:
         note = f"{text.attack(key)}, {text.norm(record.threat_model.norm)} eps {text.eps(record.threat_model.eps)}"
         if base and key in base.robust_accuracy:
             note += f"; baseline {text.percent(base.robust_accuracy[key])} %"
-        flags = {"suspect": is_suspect(stage), "literal threat model": not record.threat_model.box}
+        flags = {"suspect": is_suspect(record, stage), "literal threat model": not record.threat_model.box}
+        flags["not checked"] = is_unchecked(stage)
         flags["validation images"] = record.images == "validation images"
         flag = ", ".join(name for name, raised in flags.items() if raised)
         yield Card("Robust accuracy", text.percent(stage.robust_accuracy[key]), "%", note, flag)
@@ -236,7 +235,7 @@ def _cards(record: Record, stage: StageRecord) -> Iterator[Card]:
     yield _split_card("Multiply-adds", text.millions(stage.macs), _ratio(base, "macs", stage, "fewer", "more"))
     if stage.agreement is not None:
         least = min(stage.agreement.clean, stage.agreement.adversarial)
-        flag = "below 99.5 %" if least < AGREEMENT_FLOOR else ""
+        flag = f"below {100 * LEAST_AGREEMENT:g} %" if least < LEAST_AGREEMENT else ""
         yield Card("Agreement with twin", f"{100 * least:.2f}", "%", "lower of clean and adversarial labels", flag)
 
 
@@ -277,14 +276,14 @@ def _bars(stage: StageRecord) -> list[ClassBar]:
     ]
 
 
-def _curves(stage: StageRecord) -> Curves:
+def _curves(record: Record, stage: StageRecord) -> Curves:
     count = len(stage.curve)
     note = f"{count} epoch{'s' if count > 1 else ''}"
     if stage.train_seconds > 0:
         note += f", {text.duration(stage.train_seconds)}"
     if stage.train_macs > 0:
         note += f", {text.big(stage.train_macs)} multiply-adds"
-    return Curves(stage.label, kind(stage), is_suspect(stage), note, curve_charts(stage.curve, stage.label))
+    return Curves(stage.label, kind(stage), is_suspect(record, stage), note, curve_charts(stage.curve, stage.label))
 
 
 def _recipe_text(record: Record) -> str:

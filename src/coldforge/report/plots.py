@@ -193,12 +193,12 @@ def tradeoff_points(record: Record) -> list[Point]:
     key = robust_key(record)
     return [
         Point(
-            label=stage.label + (" (suspect)" if is_suspect(stage) else ""),
+            label=stage.label + (" (suspect)" if is_suspect(record, stage) else ""),
             kind=kind(stage),
             clean=100 * stage.clean_accuracy,
             robust=100 * stage.robust_accuracy[key],
             size_bytes=stage.size_bytes,
-            suspect=is_suspect(stage),
+            suspect=is_suspect(record, stage),
         )
         for stage in record.stages
         if key is not None and key in stage.robust_accuracy

@@ -62,7 +62,7 @@ def render_sweep(sweep: Sweep) -> str:
         "cards": list(_cards(sweep)),
         "notes": list(_notes(sweep)),
         "answers": found,
-        "all_suspect": _all_suspect(sweep),
+        "no_answer": _no_answer(sweep),
         "plot": plot,
         "plotly": plotly_source() if plot else "",
         "axes": axes,
@@ -99,15 +99,20 @@ def _all_suspect(sweep: Sweep) -> bool:
     return bool(verdicts) and set(verdicts) == {"suspect"}
 
 
+def _no_answer(sweep: Sweep) -> str:
+    """Why no robust accuracy of an artifact can be named, where none can."""
+    if len(threat_models(sweep.rows)) > 1:
+        return "they are of several threat models"
+    return "the masking verdict of each is suspect" if _all_suspect(sweep) else "none was attacked"
+
+
 def _headline(sweep: Sweep, found: list[Answer]) -> str:
     if not sweep.rows:
         return f"No trial of {sweep.trials} is finished yet."
     finished = len(sweep.finished)
     start = f"{finished} of {sweep.trials} trials {'is' if finished == 1 else 'are'} finished."
     if not found:
-        why = "the masking verdict of each is suspect" if _all_suspect(sweep) else "none was attacked"
-        why = "they are of several threat models" if len(threat_models(sweep.rows)) > 1 else why
-        return f"{start} No robust accuracy of an artifact can be named: {why}."
+        return f"{start} No robust accuracy of an artifact can be named: {_no_answer(sweep)}."
     best, rest = found[0], found[1:]
     kept = f"{best.robust.partition(' (')[0]} (worst case{f', {best.flag}' if best.flag else ''})"
     words = [f"{start} The most robust artifact keeps {kept}: {best.label}."]

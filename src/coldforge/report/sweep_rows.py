@@ -13,7 +13,7 @@ from coldforge.errors import UsageError
 from coldforge.report import text
 from coldforge.report.plots import kind_of
 from coldforge.report.table import WORST
-from coldforge.sweep.table import Mean, Row, Sweep, column, columns, over_seeds
+from coldforge.sweep.table import Mean, Row, Sweep, column, columns, over_seeds, threat_models
 
 ROBUST = "robust:" + WORST
 VERDICTS = {"ok": "ok", "suspect": "suspect", "not_run": "not checked"}
@@ -77,6 +77,8 @@ class Entry:
     cells: dict[str, Cell]
     spread: dict[str, float]
     """Standard deviations over seeds; empty for single trials."""
+    threat: str
+    """The threat model; only entries of the same can be compared."""
 
     @property
     def suspect(self) -> bool:
@@ -176,6 +178,7 @@ def single_entries(sweep: Sweep) -> list[Entry]:
             verdict=verdict,
             cells={measure.key: _single(row, measure, verdict) for measure in shown},
             spread={},
+            threat=str(threat_models([row])),
         )
         for row, verdict in zip(sweep.rows, verdicts, strict=True)
     ]
@@ -217,6 +220,7 @@ def mean_entries(sweep: Sweep) -> list[Entry]:
                 verdict=verdict,
                 cells={measure.key: _mean(mean, rows, measure, verdict) for measure in shown},
                 spread={m.key: s for m in shown if (s := _number(mean.spread.get(m.key))) is not None},
+                threat=str(threat_models(rows)),
             )
         )
     return entries
@@ -310,6 +314,7 @@ def _described(keys: Sequence[str], entry: Entry) -> dict[str, Any]:
         "label": entry.label,
         "kind": entry.kind,
         "verdict": entry.verdict,
+        "threat": entry.threat,
         "values": {key: cell.value for key, cell in cells.items()},
         "spread": {key: entry.spread[key] for key in cells if key in entry.spread},
         "shown": {key: _in_a_line(cell) for key, cell in cells.items()},

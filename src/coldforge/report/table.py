@@ -17,6 +17,7 @@ LITERAL = (
     "Literal threat model: adversarial images may leave the image box [0, 1]; this is the paper's literal protocol."
 )
 SUSPECT = "The masking checks call this robust accuracy suspect: do not rely on it."
+UNCHECKED = "The masking checks were not run: nothing says whether this robust accuracy holds."
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,30 @@ def subject(record: Record) -> StageRecord:
     return record.stages[0]
 
 
-def is_suspect(stage: StageRecord) -> bool:
-    """True where the masking verdict says that the robust accuracy may not hold."""
-    return stage.masking.verdict == "suspect"
+def is_suspect(record: Record, stage: StageRecord) -> bool:
+    """True where the masking verdict says that the robust accuracy may not hold.
+
+    The panel judges the artifact; its verdict is also that of the network that was exported.
+    """
+    if stage.masking.verdict == "suspect":
+        return True
+    artifact = record.stage("artifact")
+    return artifact is not None and artifact.masking.verdict == "suspect" and stage is _exported(record)
+
+
+def _exported(record: Record) -> StageRecord | None:
+    """The row of the network that became the artifact; None where the recipe does not say."""
+    deploy = record.recipe.get("deploy")
+    arm = deploy.get("arm") if isinstance(deploy, dict) else None
+    if arm == "none":
+        return record.stage("compressed")
+    words = {"natural": "naturally", "adversarial": "adversarially"}
+    return record.stage("tuned", words[arm]) if arm in words else None
+
+
+def is_unchecked(stage: StageRecord) -> bool:
+    """True for an attacked artifact whose robust accuracy no masking check has looked at."""
+    return stage.name == "artifact" and bool(stage.robust_accuracy) and stage.masking.verdict == "not_run"
 
 
 def _eager(row: LatencyRecord) -> bool:
@@ -152,7 +174,7 @@ def summary_rows(record: Record) -> list[SummaryRow]:
         cells = {
             "label": Cell(stage.label),
             "clean": Cell(text.percent(stage.clean_accuracy), text.interval(stage.clean_ci95)),
-            **{name: _robust_cell(stage, name) for name in names},
+            **{name: _robust_cell(record, stage, name) for name in names},
             "params": Cell(text.millions(stage.params)),
             "macs": Cell(text.millions(stage.macs)),
             "size": Cell(text.size(stage.size_bytes)),
@@ -162,11 +184,11 @@ def summary_rows(record: Record) -> list[SummaryRow]:
             "energy": _energy_cell(stage),
             "train": Cell(text.duration(stage.train_seconds)),
         }
-        rows.append(SummaryRow(stage=stage, suspect=is_suspect(stage), cells=cells))
+        rows.append(SummaryRow(stage=stage, suspect=is_suspect(record, stage), cells=cells))
     return rows
 
 
-def _robust_cell(stage: StageRecord, name: str) -> Cell:
+def _robust_cell(record: Record, stage: StageRecord, name: str) -> Cell:
     value = stage.robust_accuracy.get(name)
     if value is None:
         return Cell(text.NONE)
@@ -174,7 +196,7 @@ def _robust_cell(stage: StageRecord, name: str) -> Cell:
     count = stage.robust_n.get(name, stage.n)
     if count != stage.n:
         detail = f"{detail} (n {count:,})".strip()
-    return Cell(text.percent(value), detail, "suspect" if is_suspect(stage) else "")
+    return Cell(text.percent(value), detail, "suspect" if is_suspect(record, stage) else "")
 
 
 def _latency_cell(stage: StageRecord, found: Speed | None) -> Cell:
@@ -215,9 +237,10 @@ def footnotes(record: Record) -> list[str]:
         )
     if not threat.box:
         lines.append(LITERAL)
-    labels = [stage.label for stage in record.stages if is_suspect(stage)]
+    labels = [stage.label for stage in record.stages if is_suspect(record, stage)]
     if labels:
         lines.append(f"Suspect ({text.join(labels)}): the masking checks failed; do not rely on these robust numbers.")
+    lines += [f"Not checked ({stage.label}): {UNCHECKED}" for stage in record.stages if is_unchecked(stage)]
     return lines
 
 
@@ -325,7 +348,8 @@ def headline(record: Record) -> str:
         found = [part for part in parts if part]
         body = ", ".join(found[:-1]) + f", and {found[-1]}" if len(found) > 2 else " and ".join(found)
         sentence = f"{lead}{who} {body}."
-    return f"{sentence} {SUSPECT}" if is_suspect(stage) else sentence
+    caution = SUSPECT if is_suspect(record, stage) else UNCHECKED if is_unchecked(stage) else ""
+    return f"{sentence} {caution}".rstrip()
 
 
 def _pct(fraction: float) -> str:
@@ -356,10 +380,11 @@ def _robust(stage: StageRecord, base: StageRecord, record: Record) -> str:
     mine, theirs = stage.robust_accuracy[name], base.robust_accuracy.get(name)
     if theirs is None:
         return f"holds {_pct(mine)} {text.under(name)} (baseline not attacked)"
-    low = stage.robust_ci95.get(name, (mine, mine))[0]
-    high = base.robust_ci95.get(name, (theirs, theirs))[1]
-    if low > high:
+    mine_95, theirs_95 = stage.robust_ci95.get(name, (mine, mine)), base.robust_ci95.get(name, (theirs, theirs))
+    if mine_95[0] > theirs_95[1]:
         return f"holds {_pct(mine)} {text.under(name)} (baseline {_pct(theirs)})"
+    if mine_95[1] < theirs_95[0]:
+        return f"falls to {_pct(mine)} {text.under(name)} (baseline {_pct(theirs)})"
     return f"holds {_pct(mine)} {text.under(name)}, no measurable gain over the baseline's {_pct(theirs)}"
 
 
@@ -373,12 +398,12 @@ def _efficiency(stage: StageRecord, base: StageRecord, record: Record) -> str:
         words.append(_compare(found.speedup, "faster", "slower", "about as fast as"))
         runtime = text.runtime(found.latency.runtime)
         if found.speedup_eager is None:
-            against = f" in {runtime}"
+            against = f" in {runtime}, at batch {found.latency.batch}"
         elif found.speedup_same is not None and not _eager(found.latency):
             both = _compare(found.speedup_same, "faster", "slower", "about as fast")
-            against = f" in eager PyTorch ({both} with both in {runtime})"
+            against = f" in eager PyTorch ({both} with both in {runtime}), at batch {found.latency.batch}"
         else:
-            against = " in eager PyTorch"
+            against = f" in eager PyTorch, at batch {found.latency.batch}"
     if not words:
         return ""
     return f"is {_than(words)} the dense network{against}"

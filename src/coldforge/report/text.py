@@ -60,12 +60,12 @@ def digits3(value: float) -> str:
 def times(ratio: float | None) -> str:
     """A factor.
 
-    >>> times(12.68), times(250.2)
-    ('12.7×', '250×')
+    >>> times(12.68), times(250.2), times(0.25)
+    ('12.7×', '250×', '0.250×')
     """
     if ratio is None:
         return ""
-    return f"{ratio:,.0f}×" if ratio >= 99.95 else f"{ratio:.1f}×" if ratio >= 0.1 else f"{digits3(ratio)}×"
+    return f"{ratio:,.0f}×" if ratio >= 99.95 else f"{ratio:.1f}×" if ratio >= 0.95 else f"{digits3(ratio)}×"
 
 
 def size(count: int) -> str:

@@ -239,8 +239,8 @@ def gallery(shop: Shop, networks: Mapping[str, Stage]) -> Stage:
 
 
 def measure(shop: Shop, dense: Stage, files: Mapping[str, Stage]) -> Stage:
-    """Latency and energy of the files (label to export stage) and of the dense network in eager PyTorch, in turns in
-    one run, so that the ratios hold on a noisy machine.
+    """Latency of the files (label to export stage) and of the dense network in eager PyTorch, in turns in one run, so
+    that the ratios hold on a noisy machine; then, one after the other, the energy of the files in the first runtime.
     """
     recipe = shop.recipe
     threads = recipe.compute.threads
@@ -271,7 +271,8 @@ def measure(shop: Shop, dense: Stage, files: Mapping[str, Stage]) -> Stage:
             for label in files:
                 session = sessions[label, recipe.deploy.runtimes[0]]
                 joules, method = energy_per_image(partial(session.run, images), len(images))
-                energy[label] = {"joules_per_image": joules, "method": method}
+                where = f", batches of {len(images)} in {session.runtime}"
+                energy[label] = {"joules_per_image": joules, "method": method + where}
         write_json(folder / "result.json", {"latency": rows, "energy": energy})
 
     spec = [list(files), recipe.deploy.runtimes, hardware_fingerprint(), versions()]

@@ -115,7 +115,8 @@
     const points = shown.map((row) => ({ row, entry: entries[row.dataset.row] }))
       .filter((p) => p.entry.values[x.key] !== undefined && p.entry.values[y.key] !== undefined)
       .map((p) => ({ ...p, x: p.entry.values[x.key] * x.scale, y: p.entry.values[y.key] * 100 }));
-    const front = paretoFront(points, x.larger);
+    const threats = new Set(points.map((p) => p.entry.threat)).size; // the mildest attack would win against the others
+    const front = threats > 1 ? [] : paretoFront(points, x.larger);
     const onFront = new Set(front.map((p) => p.row));
     const colours = colouring();
     const spread = (p, measure, scale) => (p.entry.spread[measure.key] || 0) * scale;
@@ -165,13 +166,13 @@
     const title = document.createElement("b");
     title.textContent = colours.title;
     const keys = colours.names.filter((name) => used.has(name)).map((name) => key("dot", colours.colour(name), colours.words(name)));
-    keys.push(key("line", css("--accent"), "Pareto-optimal"));
+    if (front.length) { keys.push(key("line", css("--accent"), "Pareto-optimal")); }
     if (points.some((p) => p.entry.verdict === "not_run")) { keys.push(key("ring", css("--muted"), "masking not checked")); }
     if (points.some((p) => p.entry.verdict === "suspect")) { keys.push(key("cross", bad, "suspect")); }
     byId("legend").replaceChildren(...(colours.title ? [title] : []), ...keys);
     rows[mode()].forEach((row) => row.classList.toggle("front", onFront.has(row)));
     node.points = points;
-    return { count: points.length, front: front.length, without: shown.length - points.length, x, y };
+    return { count: points.length, front: front.length, without: shown.length - points.length, threats, x, y };
   }
 
   // --- the table -------------------------------------------------------------------------------------------------
@@ -207,7 +208,9 @@
     let words = shown.length + " of " + rows[now].length + " rows shown";
     if (plotted) {
       const drawn = draw(shown);
-      words += "; " + drawn.front + " of " + drawn.count + " points Pareto-optimal in " + drawn.x.title + " and " + drawn.y.title;
+      words += drawn.threats > 1
+        ? "; " + drawn.threats + " threat models: filter for one to see which of its points are Pareto-optimal"
+        : "; " + drawn.front + " of " + drawn.count + " points Pareto-optimal in " + drawn.x.title + " and " + drawn.y.title;
       if (drawn.without) { words += "; " + drawn.without + " without these numbers stand in the table only"; }
     }
     byId("status").textContent = words + ".";
