@@ -69,6 +69,10 @@ class Numbers:
         """Keep them from being pruned."""
         self._store.use((task.kind, task.key) for task in tasks)
 
+    def keep(self, path: Path, tasks: Iterable[Task]) -> None:
+        """Keep them as long as that file exists."""
+        self._store.register(path, [task.key for task in tasks])
+
     def has(self, task: Task) -> bool:
         """Whether the store holds it."""
         return self._store.has(task.kind, task.key)
@@ -133,6 +137,9 @@ class Nothing(Numbers):
     """The same stages, made by nobody and kept nowhere: what is left is the conductor."""
 
     def use(self, tasks: Iterable[Task]) -> None:
+        """There is nothing to keep."""
+
+    def keep(self, path: Path, tasks: Iterable[Task]) -> None:
         """There is nothing to keep."""
 
     def has(self, task: Task) -> bool:

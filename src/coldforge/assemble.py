@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
@@ -12,7 +13,7 @@ import torch
 
 from coldforge._version import __version__
 from coldforge.attacks import parse_attack
-from coldforge.errors import StoreError
+from coldforge.errors import StoreError, UsageError
 from coldforge.evaluate import BACKWARDS
 from coldforge.models import channels_last
 from coldforge.provenance import provenance
@@ -28,9 +29,13 @@ from coldforge.records import (
     StageName,
     StageRecord,
     ThreatModelRecord,
+    load_record,
 )
 from coldforge.sealed import write_atomic
 from coldforge.stages import ONNX_FILE, Arrow, Shop, Stage, joined_outcomes
+
+UNFINISHED = ".unfinished"
+"""In the folder of a run until it is finished."""
 
 LABELS: dict[str, tuple[StageName, str]] = {
     "baseline": ("baseline", "baseline"),
@@ -162,6 +167,24 @@ def check_writable(out: Path) -> None:
         raise StoreError(f"expected a folder to write results into, cannot write {out}: {error.strerror}") from None
 
 
+def begin_folder(shop: Shop, made: Arrow, out: Path) -> None:
+    """Make the folder; from now on the store keeps what this run needs, so that it can go on after an interruption.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    check_writable(out)
+    if (out / "record.json").is_file():
+        with contextlib.suppress(UsageError):  # of an older coldforge
+            if load_record(out).recipe != shop.recipe.model_dump(mode="json"):
+                shop.progress.note(f"{out} holds a run with other settings, which this one replaces; --out keeps both")
+    try:
+        write_atomic(out / UNFINISHED, "The run that writes into this folder is not finished; start it again.\n")
+    except OSError as error:
+        raise StoreError(f"cannot write into {out}: {error.strerror or error}") from error
+    shop.store.register(out / UNFINISHED, [stage.key for stage in made])
+
+
 def write_folder(shop: Shop, made: Arrow, record: Record, out: Path) -> None:
     """Write record.json, recipe.toml, model.onnx, model/ and what the report and ``verify`` need; the record last."""
     network = shop.folder(made.networks[made.artifact])
@@ -180,6 +203,7 @@ def write_folder(shop: Shop, made: Arrow, record: Record, out: Path) -> None:
     except OSError as error:
         raise StoreError(f"cannot write the results into {out}: {error.strerror or error}") from error
     shop.store.register(out / "record.json", [stage.key for stage in made])
+    (out / UNFINISHED).unlink(missing_ok=True)
 
 
 def _copy(source: Path, target: Path) -> None:

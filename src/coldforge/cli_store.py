@@ -51,7 +51,9 @@ def store_verify(*, json: bool = False) -> int:
 
 @store_app.command(name="prune", help_epilogue="Example:\n\ncoldforge store prune --dry-run")
 def store_prune(*, dry_run: bool = False, json: bool = False) -> None:
-    """Delete the stages that no existing record.json needs, and what interrupted runs have left.
+    """Delete the stages that no existing record.json needs, and no run or sweep that was interrupted.
+
+    To give up a run or a sweep, delete its folder first.
 
     Args:
         dry_run: only say what would be deleted.

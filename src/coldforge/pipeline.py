@@ -105,7 +105,7 @@ def run(
             shop.progress.note(f"{recipe.model.checkpoint} is not set: the baseline is trained here")
         shop.progress.plan(_steps(shop, made))
         if out is not None:
-            assemble.check_writable(out)
+            assemble.begin_folder(shop, made, out)
         for stage in made:
             shop.make(stage)
         if several and not team.used:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from fractions import Fraction
-from typing import Annotated
+from typing import Annotated, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 def _number(value: object) -> object:
@@ -20,13 +21,30 @@ def _number(value: object) -> object:
     return value
 
 
-Number = Annotated[float, BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 
 
 class Spec(BaseModel):
     """Base of all specs: frozen, keyword-only, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_is_a_list(cls, values: object) -> object:
+        """Take a word, words separated by commas, or a number where a list is expected, as command lines have them."""
+        if not isinstance(values, Mapping):
+            return values
+        found = dict(values)
+        for name, field in cls.model_fields.items():
+            value = found.get(name)
+            if get_origin(field.annotation) is not tuple or isinstance(value, bool):
+                continue
+            if isinstance(value, str):
+                found[name] = [word.strip() for word in value.split(",") if word.strip()]
+            elif isinstance(value, int | float):
+                found[name] = [value]
+        return found
 
 
 def spec_hash(*parts: object) -> str:

@@ -254,7 +254,8 @@ class Store:
         """Say that a record stands on these stages: :meth:`prune` keeps them as long as that file exists.
 
         Args:
-            record_path: path of ``record.json``; registering it again replaces what it needed before.
+            record_path: path of ``record.json``, or of what stands for a run or a sweep that is not finished;
+                registering it again replaces what it needed before.
             keys: full keys.
         """
         keys = sorted(keys)
@@ -271,8 +272,8 @@ class Store:
     def prune(self, *, dry_run: bool = False) -> Pruned:
         """Delete what nobody needs any more.
 
-        That is: stages that no existing registered record stands on, work folders of interrupted builds (their
-        checkpoints too), and remains. What another living process uses or builds stays.
+        That is: stages, and work folders of interrupted builds with their checkpoints, that no existing registered
+        record stands on, and remains. What another living process uses or builds stays.
 
         Args:
             dry_run: only say what would be deleted.
@@ -306,8 +307,11 @@ class Store:
         return f"{kind}-{key[:_SHORT]}"
 
     def _unfinished(self) -> list[Entry]:
-        folders = sorted((self.root / "work").glob("*"))
-        return [Entry("unfinished", path.name.rpartition("-")[2], path, size_of(path)) for path in folders]
+        folders = [(path, path.name.rpartition("-")[2]) for path in sorted((self.root / "work").glob("*"))]
+        needed = self._needed()
+        return [
+            Entry("unfinished", key, path, size_of(path), needed_by=tuple(needed.get(key, ()))) for path, key in folders
+        ]
 
     def _registrations(self) -> Iterator[tuple[Path, str, list[str]]]:
         """(file, path of the record, keys) of every readable registration."""
@@ -378,6 +382,6 @@ class Store:
         free = shutil.disk_usage(folder).free / 1e6
         return StoreError(
             f"cannot write to the store at {self.root}: {reason} ({free:,.0f} MB free there). Set $COLDFORGE_HOME to a "
-            "folder on a disk with room that you may write to, or run `coldforge store prune`; then run the same "
-            "command again: finished stages and checkpoints are kept"
+            "folder on a disk with room that you may write to, or run `coldforge store prune`, which leaves what "
+            "records and unfinished runs need; then run the same command again"
         )

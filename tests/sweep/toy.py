@@ -45,6 +45,9 @@ class ToyWorkshop:
     def use(self, tasks):
         self.store.use((task.kind, task.key) for task in tasks)
 
+    def keep(self, path, tasks):
+        self.store.register(path, [task.key for task in tasks])
+
     def has(self, task):
         return self.store.has(task.kind, task.key)
 

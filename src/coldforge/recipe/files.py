@@ -28,7 +28,8 @@ def load_recipe(
     """Read a recipe and apply ``key=value`` overrides.
 
     Args:
-        source: name of a shipped preset, path of a TOML file, or a nested mapping.
+        source: name of a shipped preset, path of a TOML file (whose recipe is called like the file, where it does not
+            say), or a nested mapping.
         overrides: texts such as ``"finetune.epochs=5"`` or ``"threat_model.eps=8/255"``, whose values are TOML or
             bare words; or a mapping such as ``{"finetune.epochs": 5}``.
 
@@ -50,18 +51,26 @@ def _read(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(source, Mapping):
         return json.loads(json.dumps(source))  # type: ignore[no-any-return]  # a deep copy of plain values
     name = str(source)
+    unnamed = ""
     if name in preset_names():
         text = (resources.files("coldforge") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
     elif Path(name).is_file():
-        text = Path(name).read_text(encoding="utf-8")
+        try:
+            text = Path(name).read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
+        except UnicodeDecodeError:
+            raise RecipeError(f"{name} is no recipe: expected TOML in UTF-8, got other bytes") from None
+        except OSError as error:
+            raise RecipeError(f"{name} cannot be read: {error.strerror}") from None
+        unnamed = Path(name).stem
     elif name.endswith(".toml") or os.sep in name:
         raise RecipeError(f"expected a recipe file, found nothing at {name}")
     else:
         raise RecipeError(f"expected a recipe file or a preset, got {name!r}; {nearest(name, preset_names())}")
     try:
-        return tomllib.loads(text)
+        table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{name} is not valid TOML: {error}") from None
+    return {"name": unnamed, **table} if unnamed else table
 
 
 def parse_override(text: str) -> tuple[str, object]:

@@ -36,6 +36,9 @@ class Workshop(Protocol):
     def use(self, tasks: Iterable[Task]) -> None:
         """Say that these are needed as long as this process lives: nobody may delete them from under it."""
 
+    def keep(self, path: Path, tasks: Iterable[Task]) -> None:
+        """Keep them as long as that file exists."""
+
     def has(self, task: Task) -> bool:
         """Whether the stage was made before."""
 

@@ -146,6 +146,7 @@ def conduct(
     if retry_failed:
         state.failures.clear()
     _prepare(state, out)
+    workshop.keep(out / SWEEP, state.graph.tasks.values())
     try:
         _Conductor(state, workshop, executor, out, listener).run()
     finally:

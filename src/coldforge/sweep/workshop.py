@@ -50,6 +50,10 @@ class RecipeWorkshop:
         """Keep them from :meth:`Store.prune` as long as this process lives."""
         self._store.use((task.kind, task.key) for task in tasks)
 
+    def keep(self, path: Path, tasks: Iterable[Task]) -> None:
+        """Keep them from :meth:`Store.prune` as long as that file exists."""
+        self._store.register(path, [task.key for task in tasks])
+
     def has(self, task: Task) -> bool:
         """Whether the store holds it."""
         return self._store.has(task.kind, task.key)
