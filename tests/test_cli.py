@@ -489,14 +489,29 @@ def test_doctor_advises_on_the_processor(bf16, vnni, fake, monkeypatch, home):
     assert ("without VNNI" in advice["int8 saturates"]) != vnni
 
 
-def test_doctor_finds_data_sets(home, monkeypatch):
+def test_doctor_finds_data_sets_where_they_are_read_from(home, monkeypatch):
+    def found():
+        return {item.topic: item for item in doctor._data_sets()}
+
+    monkeypatch.delenv("COLDFORGE_CIFAR10", raising=False)
+    assert found()["cifar10"].found == "not on this machine"
+    assert "train.parquet" in found()["cifar10"].advice
     (home / "c").mkdir()
     monkeypatch.setenv("COLDFORGE_CIFAR10", str(home / "c"))
-    found = {item.topic: item for item in doctor._data_sets()}
-    assert found["cifar10"].found == "not on this machine"
-    assert "train.parquet" in found["cifar10"].advice
-    (home / "c" / "train.parquet").touch()
-    assert {item.topic: item.found for item in doctor._data_sets()}["cifar10"] == str(home / "c")
+    assert found()["cifar10"].found == "cannot be used"
+    assert "expected train*.parquet" in found()["cifar10"].advice
+    for part in ("train", "test"):
+        (home / "c" / f"{part}-00000-of-00001.parquet").touch()
+    assert found()["cifar10"].found == str(home / "c")
+    monkeypatch.setenv("COLDFORGE_FASHION_MNIST", "/nowhere")
+    assert found()["fashion-mnist"].found == "cannot be used"
+    assert "$COLDFORGE_FASHION_MNIST: expected a folder, found none at /nowhere" in found()["fashion-mnist"].advice
+
+
+def test_doctor_says_where_the_store_cannot_be_written(home, monkeypatch):
+    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    (found,) = doctor._store(Store(home / "s"))
+    assert found.advice.startswith("cannot be written: set $COLDFORGE_HOME")
 
 
 def test_every_error_of_the_tree_has_an_exit_code(fake, capsys):

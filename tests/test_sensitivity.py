@@ -12,10 +12,12 @@ from torch import nn
 from coldforge.attacks import ThreatModel
 from coldforge.cli import main
 from coldforge.compress import Structure, quantize, save_network
+from coldforge.console import RichProgress
 from coldforge.data import from_arrays
 from coldforge.errors import UsageError
 from coldforge.evaluation.sensitivity import sensitivity
 from coldforge.models import cnn8, normalized
+from coldforge.progress import Step
 from coldforge.recipe import QuantizeSpec, TrainSpec
 from coldforge.train import train
 
@@ -90,16 +92,19 @@ def test_a_quantized_network_is_refused(task):
         sensitivity(rounded, data.validation, BALL, calibration=data.train.pixels())
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     network = normalized(cnn8(), (0.3,), (0.35,)).eval()
     classes = tuple("abcdefghij")
     structure = Structure(source="zoo:cnn8", image_shape=(1, 28, 28), classes=classes, mean=(0.3,), std=(0.35,))
     save_network(tmp_path, network, structure)
     words = ["sensitivity", str(tmp_path), "--data", "fashion-mnist-mini", "--eps", "0.1", "--n", "8", "--threads", "1"]
     words += ["--ratio", "0.5", "--bits", "4", "--quiet"]
+    planned: list[Step] = []
+    monkeypatch.setattr(RichProgress, "plan", lambda self, steps: planned.extend(steps))
     assert main([*words, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert len(rows) == 1 + 7 + 8
+    assert [step.estimate_s > 0.5 for step in planned] == [True]
     assert rows[1]["layer"] == "network.conv1"
     assert main(words) == 0
     out = capsys.readouterr().out
@@ -109,6 +114,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "--ratio: expected a part of the channels between 0 and 1, got 1.5" in capsys.readouterr().err
     assert main([*words, "--bits", "9"]) == 2
     assert "--bits: expected 1 to 8, got 9" in capsys.readouterr().err
+    assert main([*words, "--mean", "0.9", "--std", "0.01"]) == 2
+    assert "--mean is for checkpoint files" in capsys.readouterr().err
     (tmp_path / "x.onnx").write_bytes(b"")
     assert main(["sensitivity", str(tmp_path / "x.onnx"), "--data", "fashion-mnist-mini", "--eps", "0.1"]) == 2
     assert "expected a network whose layers can be changed" in capsys.readouterr().err

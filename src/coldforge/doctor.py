@@ -6,8 +6,8 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
+from coldforge.errors import DataError
 from coldforge.provenance import cpp_compiler, cpu_flags, hardware, has_bf16, has_vnni, versions
 from coldforge.report.text import size
 from coldforge.store import Store
@@ -72,26 +72,23 @@ def _int8() -> list[Finding]:
 
 
 def _data_sets() -> list[Finding]:
-    from coldforge.data.idx import find_idx
-    from coldforge.data.sources import DEBIAN_FASHION_MNIST, IDX_FILES
-
-    fashion = next((place for place in (_named("COLDFORGE_FASHION_MNIST"), DEBIAN_FASHION_MNIST)
-                    if place and find_idx(place, IDX_FILES[0])), None)  # fmt: skip
-    cifar = _named("COLDFORGE_CIFAR10")
-    if cifar and not (cifar / "train.parquet").is_file():
-        cifar = None
     get_fashion = "apt-get install dataset-fashion-mnist, or set $COLDFORGE_FASHION_MNIST; else it is downloaded"
     get_cifar = "set $COLDFORGE_CIFAR10 to a folder with train.parquet and test.parquet; else it is downloaded"
     return [
         Finding("fashion-mnist-mini", "ships with coldforge"),
-        Finding("fashion-mnist", str(fashion or "not on this machine"), "" if fashion else get_fashion),
-        Finding("cifar10", str(cifar or "not on this machine"), "" if cifar else get_cifar),
+        _data_set("fashion-mnist", get_fashion),
+        _data_set("cifar10", get_cifar),
     ]
 
 
-def _named(variable: str) -> Path | None:
-    value = os.environ.get(variable)
-    return Path(value).expanduser() if value else None
+def _data_set(name: str, advice: str) -> Finding:
+    from coldforge.data.sources import locate
+
+    try:
+        folder = locate(name)
+    except DataError as error:
+        return Finding(name, "cannot be used", str(error))
+    return Finding(name, str(folder or "not on this machine"), "" if folder else advice)
 
 
 def _energy() -> list[Finding]:
@@ -108,6 +105,8 @@ def _store(store: Store) -> list[Finding]:
     folder = next(path for path in (store.root, *store.root.parents) if path.is_dir())
     free = shutil.disk_usage(folder).free
     advice = "less than 2 GB free: run `coldforge store prune`, or set $COLDFORGE_HOME" if free < 2e9 else ""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        advice = "cannot be written: set $COLDFORGE_HOME to a folder that you may write to"
     return [Finding("store", f"{store.root}: {size(store.size_bytes())}, {free / 1e9:.1f} GB free", advice)]
 
 

@@ -53,16 +53,26 @@ def hub_sets(
         return cached_sets(cache, key, name, lambda: _sets(datasets, splits, name, classes))
 
 
+def parquet_files(folder: Path, name: str) -> dict[str, list[Path]]:
+    """``train*.parquet`` and ``test*.parquet`` of a folder, by part.
+
+    Raises:
+        DataError: there are none.
+    """
+    files = {part: sorted(folder.glob(f"{part}*.parquet")) for part in ("train", "test")}
+    for part, found in files.items():
+        if not found:
+            raise DataError(f"{name}: expected {part}*.parquet in {folder}, found none")
+    return files
+
+
 def parquet_sets(folder: Path, *, cache: Path, name: str, classes: Sequence[str] = ()) -> tuple[ImageSet, ImageSet]:
     """Train and test set from ``train*.parquet`` and ``test*.parquet`` in a folder.
 
     Raises:
         DataError: where files are missing or damaged, or do not hold one image and one label per row.
     """
-    files = {part: sorted(folder.glob(f"{part}*.parquet")) for part in ("train", "test")}
-    for part, found in files.items():
-        if not found:
-            raise DataError(f"{name}: expected {part}*.parquet in {folder}, found none")
+    files = parquet_files(folder, name)
     key = source_key(f"parquet {list(classes)}", [file for found in files.values() for file in found])
 
     def decode() -> tuple[ImageSet, ImageSet]:

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 from coldforge.data.arrays import mixed, split
-from coldforge.data.hub import folder_sets, hub_sets, parquet_sets
+from coldforge.data.hub import folder_sets, hub_sets, parquet_files, parquet_sets
 from coldforge.data.idx import Readable, find_idx, read_idx
 from coldforge.data.images import Augment, DataSplits, ImageSet
 from coldforge.errors import DataError, nearest
@@ -81,6 +81,26 @@ def load_data(spec: DataSpec | None = None, *, cache: Path | None = None) -> Dat
     return split(train, test, validation=spec.validation, augment=augment)
 
 
+def locate(source: str) -> Path | None:
+    """The folder that :func:`load_data` reads ``"fashion-mnist"`` or ``"cifar10"`` from; None: from the hub.
+
+    Raises:
+        DataError: a folder was named where nothing of the kind is.
+    """
+    kind, _, place = source.partition(":")
+    if kind == "cifar10":
+        folder = _named_folder(place, "COLDFORGE_CIFAR10")
+        if folder is not None:
+            parquet_files(folder, "cifar10")
+        return folder
+    folder = _named_folder(place, "COLDFORGE_FASHION_MNIST")
+    if folder is None and find_idx(DEBIAN_FASHION_MNIST, IDX_FILES[0]):
+        folder = DEBIAN_FASHION_MNIST
+    if folder is not None:
+        _fashion_mnist_files(folder)
+    return folder
+
+
 def _sets(source: str, cache: Path) -> tuple[ImageSet, ImageSet]:
     kind, _, place = source.partition(":")
     match kind:
@@ -88,9 +108,9 @@ def _sets(source: str, cache: Path) -> tuple[ImageSet, ImageSet]:
             folder = resources.files("coldforge.data") / "fashion_mnist_mini"
             return _idx_sets([folder / f"{name}.gz" for name in IDX_FILES], MINI_SHA256, kind)
         case "fashion-mnist":
-            return _fashion_mnist(place, cache)
+            return _fashion_mnist(source, cache)
         case "cifar10":
-            return _cifar10(place, cache)
+            return _cifar10(source, cache)
         case "hf" if place:
             name, _, config = place.partition(":")
             return hub_sets(name, config=config, cache=cache)
@@ -108,10 +128,8 @@ def _sets(source: str, cache: Path) -> tuple[ImageSet, ImageSet]:
             raise DataError(f"data.source: unknown data set {source!r}; {nearest(kind, SOURCES)}")
 
 
-def _fashion_mnist(place: str, cache: Path) -> tuple[ImageSet, ImageSet]:
-    folder = _named_folder(place, "COLDFORGE_FASHION_MNIST")
-    if folder is None and find_idx(DEBIAN_FASHION_MNIST, IDX_FILES[0]):
-        folder = DEBIAN_FASHION_MNIST
+def _fashion_mnist(source: str, cache: Path) -> tuple[ImageSet, ImageSet]:
+    folder = locate(source)
     if folder is None:
         hint = (
             "; or run `apt-get install dataset-fashion-mnist`, or put the four idx files of "
@@ -119,6 +137,10 @@ def _fashion_mnist(place: str, cache: Path) -> tuple[ImageSet, ImageSet]:
             "$COLDFORGE_FASHION_MNIST; or use the embedded fashion-mnist-mini"
         )
         return hub_sets("zalando-datasets/fashion_mnist", cache=cache, classes=FASHION_MNIST_CLASSES, hint=hint)
+    return _idx_sets(_fashion_mnist_files(folder), FASHION_MNIST_SHA256, "fashion-mnist")
+
+
+def _fashion_mnist_files(folder: Path) -> list[Path]:
     files = []
     for name in IDX_FILES:
         file = find_idx(folder, name)
@@ -128,11 +150,11 @@ def _fashion_mnist(place: str, cache: Path) -> tuple[ImageSet, ImageSet]:
                 "`apt-get install dataset-fashion-mnist` puts them into /usr/share/datasets/fashion-mnist"
             )
         files.append(file)
-    return _idx_sets(files, FASHION_MNIST_SHA256, "fashion-mnist")
+    return files
 
 
-def _cifar10(place: str, cache: Path) -> tuple[ImageSet, ImageSet]:
-    folder = _named_folder(place, "COLDFORGE_CIFAR10")
+def _cifar10(source: str, cache: Path) -> tuple[ImageSet, ImageSet]:
+    folder = locate(source)
     if folder is None:
         hint = (
             "; or put train.parquet and test.parquet of https://huggingface.co/datasets/uoft-cs/cifar10 into a folder "

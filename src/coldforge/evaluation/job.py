@@ -11,7 +11,8 @@ import torch
 
 from coldforge._version import __version__
 from coldforge.assemble import check_writable
-from coldforge.attacks import TILE, WITH_GRADIENT, as_parts, predict
+from coldforge.attacks import TILE, WITH_GRADIENT, Classifier, as_parts, predict
+from coldforge.data import ImageSet
 from coldforge.errors import StoreError, UsageError
 from coldforge.evaluate import (
     WORST_CASE,
@@ -200,11 +201,15 @@ def _plan(subject: Subject, request: Request, n: int, budget_s: float) -> list[S
 
 
 def _pass_seconds(subject: Subject) -> float:
-    """Time of one forward pass of a tile."""
     target = subject.target
-    images = subject.data.pixels(torch.arange(TILE) % len(subject.data))
     model = target.network if target.network is not None else target.file.logits if target.file else None
     assert model is not None
+    return pass_seconds(model, subject.data)
+
+
+def pass_seconds(model: Classifier, data: ImageSet) -> float:
+    """Time of one forward pass of a tile."""
+    images = data.pixels(torch.arange(TILE) % len(data))
     spent = []
     for _ in range(2):  # the first one warms up
         begin = time.monotonic()

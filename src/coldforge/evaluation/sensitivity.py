@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from coldforge.attacks import ThreatModel, parse_attack
+from coldforge.attacks import TILE, ThreatModel, parse_attack
 from coldforge.compress import ActivationQuantizer, QuantizedLayer, prune, quantize, refit
 from coldforge.data import ImageSet
 from coldforge.errors import UsageError
 from coldforge.evaluate import WORST_CASE, Target, evaluate, paired_interval, summarize
+from coldforge.evaluation.job import pass_seconds
 from coldforge.evaluation.request import NetworkRequest
 from coldforge.evaluation.subject import load_network_of
 from coldforge.measure import count_macs, count_params
@@ -29,6 +30,8 @@ from coldforge.provenance import physical_cores
 from coldforge.recipe import PruneSpec, QuantizeSpec
 
 ATTACK = "pgd-10"
+_PASSES = 20.0
+"""Forward passes that judging a network takes for each tile, roughly: ten steps with gradients on what still stands."""
 
 
 @dataclass(frozen=True)
@@ -138,13 +141,18 @@ def scan(
             raise UsageError(f"--bits: expected 1 to 8, got {count}")
     with torch_threads(request.threads or min(physical_cores(), 8)):
         network, splits, threat_model = load_network_of(path, request)
-        progress.plan([Step("sensitivity", 0.0)])
+        part = splits.validation.take(slice(0, request.n or None))
+        calibration = splits.train.pixels(slice(0, QuantizeSpec().calibration_n))
+        ways = 1 + sum(1 for _ in _ways(network, splits.image_shape, calibration, ratios, bits))
+        seconds = ways * _PASSES * pass_seconds(network, part) * max(len(part) / TILE, 1.0)
+        progress.plan([Step("sensitivity", seconds)])
+        progress.note("nothing of this scan is kept when it is stopped")
         progress.begin("sensitivity")
         rows = sensitivity(
             network,
-            splits.validation.take(slice(0, request.n or None)),
+            part,
             threat_model,
-            calibration=splits.train.pixels(slice(0, QuantizeSpec().calibration_n)),
+            calibration=calibration,
             ratios=ratios,
             bits=bits,
             seed=request.seed,

@@ -72,7 +72,7 @@ def load_subject(path: Path, request: Request, *, threads: int) -> Subject:
         ColdforgeError: a network, a file or data that are damaged or do not fit.
     """
     kind = _kind(path)
-    _refuse_ignored_options(kind, request)
+    _refuse_ignored_options({kind} | ({_kind(request.surrogate)} if request.surrogate else set()), kind, request)
     recipe = load_recipe(path / "recipe.toml") if kind == "folder" else None
     threat_model = _threat_model(request, recipe)
     attacks = _attacks(request, kind, threat_model)
@@ -113,12 +113,13 @@ def load_network_of(path: Path, request: NetworkRequest) -> tuple[nn.Module, Dat
     """A network, its data and its threat model, for what is learned on validation images.
 
     Raises:
-        UsageError: an ONNX file, which has no network, or an option that is missing.
+        UsageError: an ONNX file, which has no network, or an option that is missing or would be ignored.
         ColdforgeError: a network or data that are damaged or do not fit.
     """
     kind = _kind(path)
     if kind == "onnx":
         raise UsageError(f"expected a network whose layers can be changed, got the file {path}")
+    _refuse_ignored_options({kind}, kind, request)
     recipe = load_recipe(path / "recipe.toml") if kind == "folder" else None
     threat_model = _threat_model(request, recipe)
     splits, _ = _data(path, request, recipe)
@@ -149,9 +150,8 @@ def _kind(path: Path) -> Kind:
     raise UsageError(f"expected {FORMS}; got {path}")
 
 
-def _refuse_ignored_options(kind: Kind, request: Request) -> None:
-    """An option without effect would let a reader believe that it had one."""
-    kinds = {kind} | ({_kind(request.surrogate)} if request.surrogate else set())
+def _refuse_ignored_options(kinds: set[Kind], kind: Kind, request: NetworkRequest) -> None:
+    """An option without effect would let a reader believe that it had one; ``kinds`` are all that are loaded."""
     if "weights file" not in kinds:
         for option, value in (("mean", request.mean), ("std", request.std), ("key-prefix", request.key_prefix)):
             if value:
