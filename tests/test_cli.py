@@ -90,7 +90,7 @@ def pipeline(fake):
         (out / "record.json").write_text(RECORD.to_json())
         return RECORD
 
-    def plan(recipe, *, store):
+    def plan(recipe, *, store, progress):
         return [Step("baseline", 60.0), Step("tune", 0.0, cached=True)]
 
     def write_report(record, out, examples=None):
@@ -270,9 +270,10 @@ def test_the_way_to_continue_is_the_one_promised():
     assert cli.CONTINUE == "interrupted; finished stages are kept; run the same command again to continue"
 
 
-def test_a_reader_that_leaves_is_no_error():
+@pytest.mark.parametrize("words", [["recipes", "--keys"], ["recipes"]], ids=["text", "a table"])
+def test_a_reader_that_leaves_is_no_error(words):
     environment = {**os.environ, "PYTHONPATH": str(Path(coldforge.__file__).parents[1])}
-    code = "import sys, coldforge.cli as c; sys.exit(c.main(['recipes', '--keys']))"
+    code = f"import sys, coldforge.cli as c; sys.exit(c.main({words}))"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()

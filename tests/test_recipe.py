@@ -137,3 +137,45 @@ def test_hash_depends_on_every_part_and_not_on_the_order_of_keys():
     assert len({spec_hash(TrainSpec()), spec_hash(TrainSpec(epochs=4)), spec_hash(TrainSpec(), 1), spec_hash("a")}) == 4
     # the same on every machine and for ever: a change here makes all stores useless
     assert spec_hash("baseline", 1, {"eps": 0.1})[:16] == "555a9325e8947306"
+
+
+# --- what editors and command lines write
+
+
+def test_a_recipe_is_called_like_its_file_where_it_does_not_say(tmp_path):
+    (tmp_path / "my-net.toml").write_text("seed = 1")
+    assert load_recipe(tmp_path / "my-net.toml").name == "my-net"
+    (tmp_path / "my-net.toml").write_text('name = "said"')
+    assert load_recipe(str(tmp_path / "my-net.toml")).name == "said"
+
+
+def test_a_mark_at_the_beginning_is_read_over(tmp_path):
+    (tmp_path / "a.toml").write_bytes(b"\xef\xbb\xbfseed = 7\n")
+    assert load_recipe(tmp_path / "a.toml").seed == 7
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / "net.pt").write_bytes(b"PK\x03\x04\xff\xfe")
+    with pytest.raises(RecipeError, match=r"net\.pt is no recipe: expected TOML in UTF-8, got other bytes"):
+        load_recipe(tmp_path / "net.pt")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_numbers_are_finite(value):
+    with pytest.raises(RecipeError, match=r"threat_model\.eps: input should be a finite number"):
+        load_recipe("quickstart", overrides=[f"threat_model.eps={value}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("finetune.arms=adversarial", ("adversarial",)),
+        ("evaluate.attacks=fgsm, pgd-20", ("fgsm", "pgd-20")),
+        ("model.mean=0.5", (0.5,)),
+        ("model.mean=[0.4, 0.5]", (0.4, 0.5)),
+        ("deploy.runtimes=", ()),
+    ],
+)
+def test_one_is_a_list(text, value):
+    table, key = text.partition("=")[0].split(".")
+    assert getattr(getattr(load_recipe("quickstart", overrides=[text]), table), key) == value

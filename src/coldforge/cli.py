@@ -83,7 +83,8 @@ def _fail(message: str, code: int, debug: bool) -> int:
     help_epilogue="Examples:\n\n"
     "coldforge run\n\n"
     "coldforge run fashion-mnist --out results/fashion\n\n"
-    "coldforge run my-recipe.toml --set finetune.epochs=5 --set threat_model.eps=8/255"
+    "coldforge run my-recipe.toml --set finetune.epochs=5 --set threat_model.eps=8/255\n\n"
+    "For a trained network of your own, write model.source, checkpoint, mean and std into a recipe: see the README."
 )
 def run(
     recipe: str = "quickstart",
@@ -158,12 +159,12 @@ def _plan(recipe: Recipe, json: bool) -> None:
     from coldforge.console import about, plan_line, print_json, print_table
     from coldforge.pipeline import plan
 
-    steps = plan(recipe, store=_store())
+    with _progress(quiet=False) as progress:
+        steps = plan(recipe, store=_store(), progress=progress)
     if json:
         print_json([{"label": step.label, "estimate_s": step.estimate_s, "cached": step.cached} for step in steps])
         return
-    rows = [(step.label, "in the store" if step.cached else about(step.estimate_s)) for step in steps]
-    print_table(("stage", "time"), rows)
+    print_table(("stage", "time"), [(it.label, "in the store" if it.cached else about(it.estimate_s)) for it in steps])
     sys.stdout.write(plan_line(steps) + "\n")
 
 

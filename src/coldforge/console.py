@@ -34,9 +34,15 @@ LINE_EVERY_S = 15.0
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
+class _Stdout(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the caller; by default the program ends here, as failed."""
+        raise BrokenPipeError
+
+
 def stdout() -> Console:
     """Standard output; wide where it is not a terminal, so that tables in pipes and files are whole."""
-    return Console() if sys.stdout.isatty() else Console(width=200)
+    return _Stdout() if sys.stdout.isatty() else _Stdout(width=200)
 
 
 def print_json(value: object) -> None:

@@ -101,8 +101,6 @@ def run(
         made = arrow(shop)
         if several and not any(stage.trains for stage in made):
             raise RecipeError("compute.devices: expected a recipe that trains something, got one without any training")
-        if model is None and recipe.model.checkpoint and not shop.recipe.model.checkpoint:
-            shop.progress.note(f"{recipe.model.checkpoint} is not set: the baseline is trained here")
         shop.progress.plan(_steps(shop, made))
         if out is not None:
             assemble.begin_folder(shop, made, out)
@@ -116,9 +114,9 @@ def run(
         return record
 
 
-def plan(recipe: Recipe, *, store: Store | None = None) -> list[Step]:
-    """What :func:`run` would do now, with estimates and with what the store already holds."""
-    with _shop(recipe, store, None, None, None, Team()) as shop:
+def plan(recipe: Recipe, *, store: Store | None = None, progress: Progress | None = None) -> list[Step]:
+    """What :func:`run` would do now, with estimates and with what the store already holds; notes go to ``progress``."""
+    with _shop(recipe, store, progress, None, None, Team()) as shop:
         return _steps(shop, arrow(shop))
 
 
@@ -186,7 +184,10 @@ def _shop(
     data: DataSplits | None,
     team: Team,
 ) -> Iterator[Shop]:
-    recipe = _with_objects(resolve(recipe), model, data)
+    progress = progress or Progress()
+    wanted, recipe = recipe.model.checkpoint, _with_objects(resolve(recipe), model, data)
+    if model is None and wanted and not recipe.model.checkpoint:
+        progress.note(f"{wanted} is not set: the baseline is trained here")
     store = store or Store()
     data = data or load_data(recipe.data, cache=store.root / "data")
     check_trainings(recipe, data.augment)
@@ -196,7 +197,6 @@ def _shop(
         num_classes=len(data.classes),
     )
     check_classifier(source.build(0), data.image_shape, len(data.classes))
-    progress = progress or Progress()
     if frozen := source.frozen():
         progress.note(f"{len(frozen)} parameters of {source.name} were frozen, such as {frozen[0]!r}; all learn here")
     with torch_threads(recipe.compute.threads):

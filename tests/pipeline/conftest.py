@@ -67,6 +67,12 @@ class Spy(Progress):
         (self.cached if cached else self.built).append(label)
 
 
+@pytest.fixture
+def spy() -> Spy:
+    """A new one."""
+    return Spy()
+
+
 @dataclass
 class Made:
     """One run."""

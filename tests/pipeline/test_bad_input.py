@@ -16,6 +16,7 @@ from torch import nn
 
 import coldforge
 from coldforge import cli, load_recipe
+from coldforge.assemble import UNFINISHED
 from coldforge.compress import load_network
 from coldforge.data import from_arrays
 from coldforge.errors import DataError, ModelError, RecipeError, StoreError
@@ -74,6 +75,12 @@ def test_an_inner_attack_that_would_do_nothing_is_refused_before_anything_is_tra
     with pytest.raises(RecipeError, match=message):
         start(settings, data=dataclasses.replace(splits, augment="crop-flip"))
     assert Store(tmp_path / "store").entries() == []
+
+
+def test_a_checkpoint_that_is_not_there_is_said_when_planning(tmp_path, capsys):
+    words = ["run", "--plan", "--set", f"model.checkpoint={tmp_path}/net.pt", "model.mean=0.5", "model.std=0.5"]
+    assert cli.main(words) == 1
+    assert f"expected a checkpoint at {tmp_path}/net.pt, found nothing" in capsys.readouterr().err
 
 
 # --- networks
@@ -254,9 +261,31 @@ def test_a_file_in_place_of_the_folder_for_results(start, tmp_path):
     assert Store(tmp_path / "store").entries() == []  # said before the work, not after it
 
 
+def test_what_an_interrupted_run_needs_is_not_pruned(start, tmp_path, monkeypatch):
+    """`coldforge store prune` is what the message about a full disk advises."""
+    store = Store(tmp_path / "store")
+
+    def refuse(*_, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(store.root))
+
+    monkeypatch.setattr("coldforge.stages.networks.prune_channels", refuse)
+    with pytest.raises(StoreError):
+        start(store=store)
+    monkeypatch.undo()
+    idle = Store(store.root)  # as in another process, after this one has ended
+    for lease in (store.root / "running").iterdir():
+        lease.unlink()
+    assert [entry.kind for entry in idle.entries()] == ["baseline"]
+    assert "baseline" not in [entry.kind for entry in idle.prune(dry_run=True).entries]
+    assert (tmp_path / "out" / UNFINISHED).exists()
+    start(store=store)
+    assert not (tmp_path / "out" / UNFINISHED).exists()
+
+
 def test_a_full_disk_at_the_very_end(made, start, tmp_path, monkeypatch):
     def refuse(path, *_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        if path.name != UNFINISHED:  # which is written first
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     (tmp_path / "out").mkdir()
     stale = [tmp_path / "out" / name for name in ("record.json", "report.html")]

@@ -1,5 +1,6 @@
 """One tiny run, many questions to it; then runs that share its store."""
 
+import copy
 import json
 import math
 import shutil
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from coldforge.compress import load_network
+from coldforge.compress import QuantizedLayer, load_network
 from coldforge.data import load_data
 from coldforge.errors import RecipeError
 from coldforge.evaluate import BACKWARDS
@@ -213,7 +214,11 @@ def test_files_of_the_folder(made):
 
 def test_the_recipe_is_resolved(made, recipe):
     written = load_recipe(made.out / "recipe.toml")
-    assert written == resolve(recipe()) == load_recipe(made.record.recipe)
+    assert written == load_recipe(made.record.recipe)
+    resolved = resolve(recipe())
+    objects = {"model": written.model, "data": written.data}  # which were given in memory, and are called so
+    assert written == resolved.model_copy(update=objects)
+    assert (written.model.source, written.data.source) == ("memory:Sequential", "memory:patterns train")
     machine = resolve(load_recipe({"name": "any"}))
     assert machine.compute.precision in ("bf16", "fp32")
     assert machine.compute.threads >= 1
@@ -473,3 +478,27 @@ def test_the_plan_says_what_is_in_the_store(tmp_path):
 
 def test_records_read_back(made):
     assert Record.model_validate_json(made.record.to_json()) == made.record
+
+
+# --- networks of one's own
+
+
+def test_what_was_frozen_is_said_and_learns(splits, model, recipe, spy, tmp_path):
+    frozen = copy.deepcopy(model)
+    frozen[0].requires_grad_(False)
+    out = tmp_path / "out"
+    run(recipe(), model=frozen, data=splits, store=Store(tmp_path / "store"), out=out, progress=spy)
+    assert "2 parameters of Sequential were frozen, such as '0.weight'; all learn here" in spy.notes
+    source = model_source(frozen, image_shape=splits.image_shape, num_classes=3)
+    tuned, _ = load_network(out / "model", source)
+    first = next(layer for layer in tuned.modules() if isinstance(layer, QuantizedLayer))
+    kept = [any(torch.allclose(new, old, atol=1e-4) for old in frozen[0].weight) for new in first.weight.detach()]
+    assert not all(kept)
+
+
+def test_a_run_with_other_settings_says_what_it_replaces(made, recipe, splits, model, spy, tmp_path):
+    shutil.copytree(made.out, tmp_path / "out")
+    for changes, told in (({}, False), ({"description": "another"}, True)):
+        spy.notes.clear()
+        run(recipe(changes), model=model, data=splits, store=made.store, out=tmp_path / "out", progress=spy)
+        assert any("holds a run with other settings, which this one replaces" in note for note in spy.notes) == told

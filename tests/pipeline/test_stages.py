@@ -15,6 +15,7 @@ from coldforge.data import from_arrays
 from coldforge.errors import RecipeError
 from coldforge.models import model_source
 from coldforge.pipeline import arrow
+from coldforge.progress import Progress
 from coldforge.recipe import load_recipe
 from coldforge.stages import networks
 
@@ -178,6 +179,23 @@ def test_what_a_factory_builds_decides(checkpoint, recipe, stages_of, factory, b
     assert changed(before, stages_of(recipe(changes), network=factory)) == set(before)
 
 
+def test_a_network_at_chance_is_doubted_before_it_is_tuned(shop, recipe, bare, model, monkeypatch):
+    """A wrong normalization, or classes in another order, costs hours otherwise."""
+    constant = bare()
+    with torch.no_grad():
+        constant[5].weight.zero_()
+        constant[5].bias.copy_(torch.tensor([0.0, 0.0, 5.0]))
+    said = []
+    monkeypatch.setattr(Progress, "note", lambda self, text: said.append(text))
+    for network, doubts in ((model, 0), (constant, 1)):
+        here = shop(recipe(), network=network)
+        baseline = stages.baseline(here)
+        here.make(baseline)
+        assert here.result(baseline)["notes"] == said
+        assert len(said) == doubts
+    assert said[0].startswith("the clean accuracy is hardly above chance (33.3% for 3 classes): does this network take")
+
+
 def test_what_the_code_of_a_live_network_does_decides(stages_of, recipe, model):
     """Its layers and weights are the same before and after an edit of its forward."""
 
@@ -201,6 +219,7 @@ def test_weights_from_a_checkpoint_need_no_seed(recipe, shop, bare, tmp_path, mo
     module = types.ModuleType("a_users_module")
     module.factory = lambda: nn.Sequential(nn.Flatten(), nn.Linear(144, 3))  # other weights for each seed
     monkeypatch.setitem(sys.modules, "a_users_module", module)
+    (tmp_path / "a.pt").touch()
     changes = {"model.checkpoint": str(tmp_path / "a.pt"), "model.mean": [0.5], "model.std": [0.5]}
     keys = {
         stages.baseline(shop(recipe(changes | {"seed": seed}), network="a_users_module:factory")).key for seed in (1, 2)

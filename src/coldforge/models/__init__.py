@@ -1,6 +1,6 @@
 """Networks: a small zoo, other people's architectures and checkpoints, and normalization as the first layer."""
 
-from coldforge.models.checkpoints import load_weights
+from coldforge.models.checkpoints import checkpoint_file, load_weights
 from coldforge.models.checks import check_classifier
 from coldforge.models.layout import channels_last, torch_threads
 from coldforge.models.loading import MEMORY, ModelSource, model_source
@@ -15,6 +15,7 @@ __all__ = [
     "OptionAShortcut",
     "channels_last",
     "check_classifier",
+    "checkpoint_file",
     "cnn8",
     "load_weights",
     "model_source",

@@ -41,12 +41,7 @@ def load_weights(network: nn.Module, path: str | Path, *, key_prefix: str = "") 
         ModelError: for a file that is missing, damaged or would execute code; keys that are missing or unexpected;
             shapes that do not fit; weights that are NaN or infinite.
     """
-    file = Path(os.path.expandvars(str(path))).expanduser()
-    if not file.is_file():
-        unset = "; an environment variable in it is not set" if "$" in str(file) else ""
-        raise ModelError(f"expected a checkpoint at {file}, found nothing{unset}")
-    if file.suffix not in SUFFIXES:
-        raise ModelError(f"{file}: expected a checkpoint that ends in {', '.join(SUFFIXES)}, got {file.suffix!r}")
+    file = checkpoint_file(path)
     expected, optional = network.state_dict(), _optional_keys(network)
     state = _strip(_read(file), key_prefix, file, expected.keys() - optional)
     _check_keys(state, expected, optional, file, key_prefix)
@@ -55,6 +50,21 @@ def load_weights(network: nn.Module, path: str | Path, *, key_prefix: str = "") 
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ModelError(f"{file}: expected finite weights, found NaN or infinity in {key!r}; train it again")
     network.load_state_dict(state, strict=False)
+
+
+def checkpoint_file(path: str | Path) -> Path:
+    """The file; environment variables and ``~`` are expanded.
+
+    Raises:
+        ModelError: there is none, or it has another ending.
+    """
+    file = Path(os.path.expandvars(str(path))).expanduser()
+    if not file.is_file():
+        unset = "; an environment variable in it is not set" if "$" in str(file) else ""
+        raise ModelError(f"expected a checkpoint at {file}, found nothing{unset}")
+    if file.suffix not in SUFFIXES:
+        raise ModelError(f"{file}: expected a checkpoint that ends in {', '.join(SUFFIXES)}, got {file.suffix!r}")
+    return file
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -17,9 +17,10 @@ from coldforge.compress import quantize as quantize_network
 from coldforge.compress.importance import Importance
 from coldforge.errors import RecipeError
 from coldforge.evaluate import chance_doubt
-from coldforge.models import check_classifier, load_weights, normalized
+from coldforge.models import check_classifier, checkpoint_file, load_weights, normalized
 from coldforge.recipe import QuantizeSpec, TrainSpec
-from coldforge.stages.shop import Report, Shop, Stage, file_digest, write_json
+from coldforge.sealed import sha256_of
+from coldforge.stages.shop import Report, Shop, Stage, write_json
 from coldforge.stages.training import (
     UNTRAINED,
     joined_outcomes,
@@ -40,7 +41,7 @@ def baseline(shop: Shop) -> Stage:
     structure = _dense_structure(shop)
     checkpoint = spec.checkpoint if shop.source.rebuildable else ""  # a live network brings its weights
     if checkpoint or not shop.source.rebuildable:
-        weights = file_digest(checkpoint) if checkpoint else ""
+        weights = sha256_of(checkpoint_file(checkpoint)) if checkpoint else ""
 
         def load(folder: Path, report: Report) -> None:
             bare = shop.source.build(0)

@@ -8,7 +8,6 @@ reads, of the data's fingerprint, and of the compute settings that change bits.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +23,11 @@ from coldforge.models import ModelSource, channels_last
 from coldforge.progress import Progress
 from coldforge.provenance import own_git_state
 from coldforge.recipe import Recipe
-from coldforge.sealed import sha256_of
 from coldforge.store import Store
 from coldforge.store import key as stage_key
 from coldforge.train import Team
 
-VERSION = 2
+VERSION = 3
 """Raise it when the code of a stage, training and its rescue from collapse included, gives other results: old entries
 of the store are then not found any more."""
 
@@ -197,9 +195,3 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read plain values."""
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return values
-
-
-def file_digest(path: str) -> str:
-    """SHA-256 of a file; environment variables and ~ are expanded. Empty where there is none."""
-    file = Path(os.path.expandvars(path)).expanduser()
-    return sha256_of(file) if file.is_file() else ""
