@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from coldforge.compress.fakequant import ActivationQuantizer, QuantizedLayer
+from coldforge.compress.fakequant import SMALLEST_STEP, ActivationQuantizer, QuantizedLayer
 from coldforge.compress.fold import round_shifts
 from coldforge.compress.graph import fold_batchnorm, set_module, trace
 from coldforge.errors import TraceError
@@ -166,7 +166,7 @@ def _fit_weight_step(layer: QuantizedLayer, method: str) -> None:
     """Choose the step of each output channel: the largest weight, or the least squared rounding error."""
     rows = layer.weight.flatten(1)  # (C, K)
     if layer.bits == 1:  # the mean of the magnitudes has the least squared error
-        layer.weight_step.copy_(rows.abs().mean(1).clamp_min(1e-8))
+        layer.weight_step.copy_(rows.abs().mean(1).clamp_min(SMALLEST_STEP))
         return
     peak = rows.abs().amax(1)
     peak = torch.where(peak > 0, peak, torch.ones_like(peak))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coldforge.compress.fakequant import ActivationQuantizer, QuantizedLayer
+from coldforge.compress.fakequant import SMALLEST_STEP, ActivationQuantizer, QuantizedLayer
 from coldforge.compress.graph import set_module
 from coldforge.errors import ExportError
 
@@ -89,7 +89,7 @@ class _IntegerLayer(nn.Module):
         coarser = (bias.abs() / (grid * _BIAS_LIMIT)).ceil().clamp_min(1) if eight else torch.ones_like(grid)
         codes = source.weight_codes().double() / coarser.view(-1, *[1] * (source.weight.ndim - 1))
         self.register_buffer("weight", codes.round().to(dtype))
-        self.register_buffer("weight_step", (source.weight_step.detach().clamp_min(1e-8) * coarser).float())
+        self.register_buffer("weight_step", (source.weight_step.detach().clamp_min(SMALLEST_STEP) * coarser).float())
         self.register_buffer("weight_zero", torch.zeros(len(bias), dtype=dtype))
         self.integer_bias = eight
         if eight:

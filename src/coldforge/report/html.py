@@ -130,24 +130,19 @@ def write_report(record: Record, out: str | Path, examples: Examples | None = No
     folder = Path(out)
     png = adversarial_figure(examples) if examples is not None else None
     page = render_report(record, png)
-    target = folder / "report.html"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if png is not None:
-            write_atomic(folder / "adversarial.png", png)
-        write_atomic(target, page)
-    except OSError as error:
-        raise StoreError(f"expected to write the report into {folder}, got: {error.strerror or error}") from error
-    return target
+    if png is not None:
+        write_page(folder / "adversarial.png", png)
+    return write_page(folder / "report.html", page)
 
 
-def write_page(target: Path, page: str) -> Path:
-    """Write a page whole or not at all; returns its path.
+def write_page(target: Path, page: str | bytes) -> Path:
+    """Write a page, or a picture of it, whole or not at all, and its folder if need be; returns its path.
 
     Raises:
         StoreError: it cannot be written.
     """
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(target, page)
     except OSError as error:
         raise StoreError(f"expected to write {target}, got: {error.strerror or error}") from error
