@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from coldforge.errors import UsageError
-from coldforge.records import Record, load_record
+from coldforge.records import LEAST_AGREEMENT, Record, load_record
 from coldforge.sweep.folder import written
 from coldforge.sweep.table import Row, Sweep, load_results
 
@@ -59,7 +59,7 @@ def points_of(sweep: Sweep) -> list[Point]:
     """All networks of the trials that are finished, each once.
 
     Raises:
-        UsageError: no trial is finished, or the sweep has no axis "base".
+        UsageError: no trial is finished, the sweep has no axis "base", or a file does not answer as its network.
     """
     if not sweep.finished:
         raise UsageError(f"{sweep.folder}: no trial is finished yet; run `coldforge sweep` again")
@@ -89,6 +89,10 @@ def _points_of_trial(rows: Sequence[Row], data: str, attack: str) -> Iterable[Po
             case "tuned" if not row["exported"]:
                 yield _point(row, row, data, attack, compression, level, "natural")
             case "artifact":
+                if min(row.get("agreement:clean", 1.0), row.get("agreement:adversarial", 1.0)) < LEAST_AGREEMENT:
+                    raise UsageError(
+                        f"trial {row['trial']}: the file and its twin disagree; find out why before showing it"
+                    )
                 tuned = next(other for other in rows if other["exported"])
                 yield _point(row, tuned, data, attack, compression, level, "adversarial")
 

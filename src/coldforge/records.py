@@ -171,6 +171,13 @@ class Record(RecordModel):
         """The first stage of that name whose label contains a word, or None."""
         return next((stage for stage in self.stages if stage.name == name and containing in stage.label), None)
 
+    @property
+    def exported(self) -> StageRecord | None:
+        """The row of the network that became the artifact; None where the recipe does not say."""
+        deploy = self.recipe.get("deploy")
+        arm = deploy.get("arm") if isinstance(deploy, dict) else None
+        return self.stage("compressed") if arm == "none" else self.stage("tuned", f"{arm}ly")
+
     def to_json(self) -> str:
         """Indented JSON that ends with a newline."""
         return self.model_dump_json(indent=2) + "\n"

@@ -271,9 +271,11 @@ def test_an_image_of_sixteen_bits_stays(
     assert "Pad" not in session.operators()
 
 
+@pytest.mark.parametrize("bits", [8, 16])
 def test_bias_of_a_dead_channel_does_not_overflow(
-    plain_network: Factory, quantized: Factory, images: Tensor, tmp_path: Path
+    bits: int, plain_network: Factory, quantized: Factory, images: Tensor, tmp_path: Path
 ) -> None:
+    """With 16 bits ONNX Runtime itself rounds the bias, which is a float, to 32 bits."""
     model = copy.deepcopy(plain_network())
     layer = model.get_submodule("network.0")
     assert isinstance(layer, nn.Conv2d)
@@ -281,7 +283,7 @@ def test_bias_of_a_dead_channel_does_not_overflow(
         layer.weight[3] = 1e-9
         assert layer.bias is not None
         layer.bias[3] = 1.5
-    twin = quantized(model)
+    twin = quantized(model, bits=bits)
     assert_same_answers(twin, export(twin, tmp_path / "model.onnx"), images)
 
 

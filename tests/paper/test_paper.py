@@ -438,6 +438,10 @@ def test_points_of_a_sweep(tmp_path) -> None:
     ]  # fmt: skip
     assert {(p.data, p.protocol, p.attack, p.seed) for p in found} == {("cifar10", "corrected", "autoattack-lite", 3)}
     assert (found[-1].train_macs, found[-1].masking) == (11.0, "ok"), "the file's verdicts, its network's training"
+    rows[-1] |= {"agreement:clean": 0.17, "agreement:adversarial": 1.0}
+    with pytest.raises(UsageError, match="trial t: the file and its twin disagree"):
+        points_of(Sweep(tmp_path, "s", "", ("base",), tuple(rows), 1))
+
     with pytest.raises(UsageError, match="expected a sweep with the axis base, got bits"):
         points_of(Sweep(tmp_path, "s", "", ("bits",), tuple(rows), 1))
     with pytest.raises(UsageError, match="no trial is finished yet"):

@@ -75,8 +75,8 @@ class _Rounding(nn.Module):
 class _IntegerLayer(nn.Module):
     """A convolution or linear layer with integer weight and, where its input has 8-bit codes too, integer bias.
 
-    With more bits a bias does not fit the 32 bits of the accumulator; no runtime has integer kernels for these, so the
-    bias stays a float on the twin's grid.
+    With more bits no runtime has integer kernels, and the bias stays a float on the twin's grid. It must fit 32 bits,
+    too: ONNX Runtime rounds it to the accumulator's step on its own (WeightBiasQuantization), whatever its size.
     """
 
     def __init__(self, source: QuantizedLayer) -> None:
@@ -86,7 +86,7 @@ class _IntegerLayer(nn.Module):
         grid, bias = source.accumulator_step().double(), source.bias.detach().double()
         # A channel of negligible weights has a tiny step, in which its bias would overflow: give it a coarser one,
         # which moves its output by less than a millionth of the bias for each weight.
-        coarser = (bias.abs() / (grid * _BIAS_LIMIT)).ceil().clamp_min(1) if eight else torch.ones_like(grid)
+        coarser = (bias.abs() / (grid * _BIAS_LIMIT)).ceil().clamp_min(1)
         codes = source.weight_codes().double() / coarser.view(-1, *[1] * (source.weight.ndim - 1))
         self.register_buffer("weight", codes.round().to(dtype))
         self.register_buffer("weight_step", (source.weight_step.detach().clamp_min(SMALLEST_STEP) * coarser).float())

@@ -96,17 +96,7 @@ def is_suspect(record: Record, stage: StageRecord) -> bool:
     if stage.masking.verdict == "suspect":
         return True
     artifact = record.stage("artifact")
-    return artifact is not None and artifact.masking.verdict == "suspect" and stage is _exported(record)
-
-
-def _exported(record: Record) -> StageRecord | None:
-    """The row of the network that became the artifact; None where the recipe does not say."""
-    deploy = record.recipe.get("deploy")
-    arm = deploy.get("arm") if isinstance(deploy, dict) else None
-    if arm == "none":
-        return record.stage("compressed")
-    words = {"natural": "naturally", "adversarial": "adversarially"}
-    return record.stage("tuned", words[arm]) if arm in words else None
+    return artifact is not None and artifact.masking.verdict == "suspect" and stage is record.exported
 
 
 def is_unchecked(stage: StageRecord) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from coldforge.errors import UsageError
-from coldforge.records import Record, StageRecord, ThreatModelRecord
+from coldforge.records import Record, ThreatModelRecord
 from coldforge.sealed import write_atomic
 from coldforge.sweep.folder import RECORDS, SWEEP, Failure, load_failures
 from coldforge.sweep.spec import say
@@ -95,15 +95,8 @@ def _rows_of(folder: Path, trial: dict[str, Any], axes: Sequence[str]) -> Iterat
     head = {"trial": trial["id"], "seed": trial["seed"]} | {axis: say(trial["point"].get(axis, "")) for axis in axes}
     head["images"] = record.images
     head |= {f"threat_model:{name}": value for name, value in record.threat_model.model_dump().items()}
-    deploy = record.recipe.get("deploy")
-    arm = deploy.get("arm") if isinstance(deploy, dict) else None
     for stage in record.stages:
-        yield head | {"exported": _is_exported(stage, arm)} | flat(stage.model_dump(mode="json"))
-
-
-def _is_exported(stage: StageRecord, arm: str | None) -> bool:
-    """Whether the artifact was exported from this network."""
-    return (stage.name == "compressed" and arm == "none") or (stage.name == "tuned" and f"{arm}ly" in stage.label)
+        yield head | {"exported": stage is record.exported} | flat(stage.model_dump(mode="json"))
 
 
 def flat(stage: dict[str, Any]) -> Row:
