@@ -94,7 +94,8 @@ def _points_of_trial(rows: Sequence[Row], data: str, attack: str) -> Iterable[Po
                         f"trial {row['trial']}: the file and its twin disagree; find out why before showing it"
                     )
                 tuned = next(other for other in rows if other["exported"])
-                yield _point(row, tuned, data, attack, compression, level, "adversarial")
+                arm = "natural" if tuned["label"].startswith("naturally") else "adversarial"
+                yield _point(row, tuned, data, attack, compression, level, arm)
 
 
 def _point(row: Row, trained: Row, data: str, attack: str, compression: Compression, level: float, arm: str) -> Point:
