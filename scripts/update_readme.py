@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from coldforge.records import load_record
-from coldforge.report.table import headline, summary_markdown
+from coldforge.report.table import summary_markdown
+from coldforge.report.verdict import headline
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))

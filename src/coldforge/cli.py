@@ -147,7 +147,8 @@ def run(
         sys.stdout.write(record.to_json())
         return
     from coldforge.console import stdout
-    from coldforge.report.table import headline, summary_table
+    from coldforge.report.table import summary_table
+    from coldforge.report.verdict import headline
 
     console = stdout()
     console.print(summary_table(record, width=console.width if console.is_terminal else None))
@@ -292,10 +293,7 @@ def verify(folder: Path, /, *, json: bool = False) -> int:
         checks = [asdict(check) for check in verdict.checks]
         print_json({"ok": verdict.ok, "checks": checks, "differences": list(verdict.differences)})
     else:
-        rows = [
-            (check.name, "ok" if check.passed else "FAILED", check.expected, check.found, check.meaning)
-            for check in verdict.checks
-        ]
+        rows = [(it.name, "ok" if it.passed else "FAILED", it.expected, it.found, it.meaning) for it in verdict.checks]
         print_table(("check", "", "expected", "found", "meaning"), rows)
         failed = sum(not check.passed for check in verdict.checks)
         sys.stdout.write("all checks passed\n" if verdict.ok else f"{failed} of {len(rows)} checks failed\n")

@@ -16,7 +16,8 @@ from coldforge.records import AgreementRecord, MaskingRecord, Record
 from coldforge.report.examples import Examples
 from coldforge.report.html import render_report, write_report
 from coldforge.report.plots import adversarial_figure
-from coldforge.report.table import headline, summary_columns, summary_rows
+from coldforge.report.table import summary_columns, summary_rows
+from coldforge.report.verdict import headline
 
 Make = Callable[..., Record]
 

@@ -13,7 +13,6 @@ from coldforge.records import LatencyRecord, MaskingRecord, Record, StageRecord
 from coldforge.report.table import (
     attacks,
     footnotes,
-    headline,
     shown_speed,
     subject,
     summary_columns,
@@ -21,6 +20,7 @@ from coldforge.report.table import (
     summary_rows,
     summary_table,
 )
+from coldforge.report.verdict import headline
 
 Make = Callable[..., Record]
 

@@ -3,7 +3,8 @@
 This layer reads only records (:mod:`coldforge.records`) and adversarial examples; nothing is measured here.
 
     text        how numbers are written
-    table       the table of stages, for terminal and Markdown, and the one-sentence verdict
+    table       the table of stages, for terminal and Markdown
+    verdict     what a record says in a sentence or two
     examples    adversarial examples and what the networks answer
     plots       adversarial.png, and the points of the trade-off plot
     charts      the interactive trade-off plot and the inline SVG curves of the page

@@ -26,16 +26,15 @@ from coldforge.report.table import (
     Speed,
     attacks,
     footnotes,
-    headline,
     is_suspect,
     is_unchecked,
     shown_speed,
     speed,
-    strongest,
     subject,
     summary_columns,
     summary_rows,
 )
+from coldforge.report.verdict import headline, strongest
 from coldforge.sealed import write_atomic
 
 

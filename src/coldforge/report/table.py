@@ -1,8 +1,7 @@
-"""The table of stages, for terminal, Markdown and page, from one list of rows; and the verdict in one sentence."""
+"""The table of stages, for terminal, Markdown and page, from one list of rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rich import box
@@ -104,7 +103,8 @@ def is_unchecked(stage: StageRecord) -> bool:
     return stage.name == "artifact" and bool(stage.robust_accuracy) and stage.masking.verdict == "not_run"
 
 
-def _eager(row: LatencyRecord) -> bool:
+def is_eager(row: LatencyRecord) -> bool:
+    """True for a latency of a network in eager PyTorch."""
     return row.runtime in ("pytorch", "torch")
 
 
@@ -116,7 +116,7 @@ def speed(record: Record, row: LatencyRecord) -> Speed:
         for peer in (baseline.latency_s if baseline else ())
         if (peer.batch, peer.threads) == (row.batch, row.threads)
     ]
-    eager = next((peer for peer in peers if _eager(peer)), None)
+    eager = next((peer for peer in peers if is_eager(peer)), None)
     same = next((peer for peer in peers if peer.runtime == row.runtime), None)
     return Speed(
         latency=row,
@@ -219,7 +219,7 @@ def footnotes(record: Record) -> list[str]:
             lines.append(text.paper_eps(threat.eps))
         lines += [note for name, note in text.ATTACK_NOTES.items() if name in attacks(record)]
     if any(stage.latency_s for stage in record.stages):
-        eager = (base := record.stage("baseline")) is not None and any(_eager(row) for row in base.latency_s)
+        eager = (base := record.stage("baseline")) is not None and any(is_eager(row) for row in base.latency_s)
         against = "the baseline in eager PyTorch" if eager else "the baseline in the same runtime"
         lines.append(
             "Latency: median of a whole batch, in ONNX Runtime unless named; "
@@ -320,95 +320,3 @@ def summary_markdown(record: Record) -> str:
 
 def _markdown(value: str) -> str:
     return value.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", " ")
-
-
-# --- the verdict -----------------------------------------------------------------------------------------------------
-
-
-def headline(record: Record) -> str:
-    """The verdict in a sentence or two, from the record only; says so where the artifact is not better."""
-    stage, base = subject(record), record.stage("baseline")
-    who = {"artifact": "The artifact"}.get(stage.name, f"The {stage.label} network")
-    lead = "" if stage.name == "artifact" else "No artifact was exported. "
-    if base is None or base is stage:
-        lead = "" if stage is base else lead
-        sentence = f"{lead}{who} has {_pct(stage.clean_accuracy)} clean accuracy{_alone(stage, record)}."
-    else:
-        parts = [_clean(stage, base), _robust(stage, base, record), _efficiency(stage, base, record)]
-        found = [part for part in parts if part]
-        body = ", ".join(found[:-1]) + f", and {found[-1]}" if len(found) > 2 else " and ".join(found)
-        sentence = f"{lead}{who} {body}."
-    caution = SUSPECT if is_suspect(record, stage) else UNCHECKED if is_unchecked(stage) else ""
-    return f"{sentence} {caution}".rstrip()
-
-
-def _pct(fraction: float) -> str:
-    return f"{text.percent(fraction)} %"
-
-
-def strongest(stage: StageRecord, record: Record) -> str | None:
-    """What leaves the least robust accuracy: an attack (the later of equals), or all, WORST. None: there was none."""
-    names = [name for name in (*reversed(attacks(record)), WORST) if name in stage.robust_accuracy]
-    return min(names, key=lambda name: stage.robust_accuracy[name]) if names else None
-
-
-def _alone(stage: StageRecord, record: Record) -> str:
-    name = strongest(stage, record)
-    return f" and {_pct(stage.robust_accuracy[name])} {text.under(name)}" if name else "; no attack was run"
-
-
-def _clean(stage: StageRecord, base: StageRecord) -> str:
-    mine, theirs = stage.clean_accuracy, base.clean_accuracy
-    verb = "reaches" if mine >= theirs else "keeps" if mine >= 0.85 * theirs else "falls to"
-    return f"{verb} {_pct(mine)} clean accuracy (baseline {_pct(theirs)})"
-
-
-def _robust(stage: StageRecord, base: StageRecord, record: Record) -> str:
-    name = strongest(stage, record)
-    if name is None:
-        return "was not attacked, so that its robustness is unknown"
-    mine, theirs = stage.robust_accuracy[name], base.robust_accuracy.get(name)
-    if theirs is None:
-        return f"holds {_pct(mine)} {text.under(name)} (baseline not attacked)"
-    mine_95, theirs_95 = stage.robust_ci95.get(name, (mine, mine)), base.robust_ci95.get(name, (theirs, theirs))
-    if mine_95[0] > theirs_95[1]:
-        return f"holds {_pct(mine)} {text.under(name)} (baseline {_pct(theirs)})"
-    if mine_95[1] < theirs_95[0]:
-        return f"falls to {_pct(mine)} {text.under(name)} (baseline {_pct(theirs)})"
-    return f"holds {_pct(mine)} {text.under(name)}, no measurable gain over the baseline's {_pct(theirs)}"
-
-
-def _efficiency(stage: StageRecord, base: StageRecord, record: Record) -> str:
-    words = []
-    if stage.size_bytes and base.size_bytes:
-        words.append(_compare(base.size_bytes / stage.size_bytes, "smaller", "larger", "about as large as"))
-    found = shown_speed(record, stage, 64) or shown_speed(record, stage, 1)
-    against = ""
-    if found is not None and found.speedup is not None:
-        words.append(_compare(found.speedup, "faster", "slower", "about as fast as"))
-        runtime = text.runtime(found.latency.runtime)
-        if found.speedup_eager is None:
-            against = f" in {runtime}, at batch {found.latency.batch}"
-        elif found.speedup_same is not None and not _eager(found.latency):
-            both = _compare(found.speedup_same, "faster", "slower", "about as fast")
-            against = f" in eager PyTorch ({both} with both in {runtime}), at batch {found.latency.batch}"
-        else:
-            against = f" in eager PyTorch, at batch {found.latency.batch}"
-    if not words:
-        return ""
-    return f"is {_than(words)} the dense network{against}"
-
-
-def _compare(ratio: float, better: str, worse: str, equal: str) -> str:
-    if 0.95 < ratio < 1.05:
-        return equal
-    factor = text.times(max(ratio, 1 / ratio)).removesuffix("×")
-    return f"{factor} times {better if ratio > 1 else worse}"
-
-
-def _than(words: Sequence[str]) -> str:
-    """Join comparisons: "3 times smaller and 4 times faster than", "about as large as and 4 times faster than"."""
-    closed = [word if word.endswith(" as") else f"{word} than" for word in words]
-    if len(words) == 2 and not any(word.endswith(" as") for word in words):
-        return f"{words[0]} and {words[1]} than"
-    return " and ".join(closed)
