@@ -21,6 +21,7 @@ from toy import ToyWorkshop
 from coldforge.errors import RecipeError, StoreError, UsageError
 from coldforge.records import Record, load_record
 from coldforge.spec import spec_hash
+from coldforge.store import Store
 from coldforge.sweep import (
     Listener,
     State,
@@ -538,6 +539,19 @@ def test_ctrl_c_stops_at_once_and_the_next_call_continues(tmp_path, record):
     assert len(state.finished) == TRIALS
     assert state.found > 10
     assert set(made(tmp_path).values()) == {1}
+
+
+def test_what_an_unfinished_sweep_needs_is_not_pruned(tmp_path, record):
+    """Not even after its process has ended; a sweep is given up by deleting its folder."""
+    state = run(tmp_path, record, trouble={"middle 0.3": "error"})
+    shutil.rmtree(tmp_path / "store" / "running")
+    store = Store(tmp_path / "store")
+    for file in (tmp_path / "out" / "records").iterdir():
+        file.unlink()  # these alone would keep the stages of trials that are finished
+    assert len(state.done) > 0
+    assert store.prune(dry_run=True).entries == ()
+    shutil.rmtree(tmp_path / "out")
+    assert {entry.key for entry in store.prune().entries} >= state.done
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

@@ -146,7 +146,8 @@ def conduct(
     if retry_failed:
         state.failures.clear()
     _prepare(state, out)
-    workshop.keep(out / SWEEP, state.graph.tasks.values())
+    if len(state.done) < len(state.graph.tasks):  # otherwise records keep them
+        workshop.keep(out / SWEEP, state.graph.tasks.values())
     try:
         _Conductor(state, workshop, executor, out, listener).run()
     finally:
