@@ -166,7 +166,7 @@ def _with_objects(recipe: Recipe, model: nn.Module | None, data: DataSplits | No
         named = {"source": f"{MEMORY}:{type(model).__name__}", "checkpoint": ""}
         changes["model"] = recipe.model.model_copy(update=named)
     if data is not None:
-        changes["data"] = DataSpec(source=f"{MEMORY}:{data.train.name}", augment=data.augment)
+        changes["data"] = data.named or DataSpec(source=f"{MEMORY}:{data.train.name}", augment=data.augment)
     return recipe.model_copy(update=changes)
 
 

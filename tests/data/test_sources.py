@@ -70,6 +70,14 @@ def test_train_n_and_test_n_cut_from_the_front_before_the_split(tmp_path: Path) 
 # --- names -------------------------------------------------------------------------------------------------------
 
 
+def test_loaded_data_know_what_was_asked_for_until_they_are_other_images(tmp_path: Path) -> None:
+    asked = spec("fashion-mnist-mini", train_n=240, test_n=50)
+    data = load_data(asked, cache=tmp_path)
+    assert data.named == asked
+    assert replace(data, test=data.validation).named is None
+    assert load_data(cache=tmp_path).named == DataSpec()
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from coldforge.errors import DataError
+from coldforge.recipe import DataSpec
 
 Augment = Literal["none", "crop-flip"]
 AUGMENTS: tuple[Augment, ...] = ("none", "crop-flip")
@@ -104,6 +105,8 @@ class DataSplits:
     test: ImageSet
     augment: Augment = "none"
     """Augmentation of training batches."""
+    named: DataSpec | None = field(default=None, init=False)
+    """What :func:`load_data` was asked for; None for arrays, and for parts that were put together otherwise."""
 
     def __post_init__(self) -> None:
         if self.augment not in AUGMENTS:

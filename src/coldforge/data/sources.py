@@ -78,7 +78,9 @@ def load_data(spec: DataSpec | None = None, *, cache: Path | None = None) -> Dat
         test = test.take(slice(spec.test_n))
     automatic: Augment = "crop-flip" if train.image_shape[0] == 3 else "none"
     augment = automatic if spec.augment == "auto" else spec.augment
-    return split(train, test, validation=spec.validation, augment=augment)
+    data = split(train, test, validation=spec.validation, augment=augment)
+    object.__setattr__(data, "named", spec)  # not an argument: a copy with other images must not be called by this name
+    return data
 
 
 def locate(source: str) -> Path | None:
