@@ -20,7 +20,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from coldforge.attacks.query import TILE, Classifier, Judge, check_images, loss_direction, margins, query, untouched
-from coldforge.attacks.threat import ThreatModel
+from coldforge.attacks.threat import TOLERANCE, ThreatModel
 from coldforge.attacks.tiles import Tiles
 from coldforge.spec import Spec, seed_of
 
@@ -280,11 +280,13 @@ class Attack(Spec, ABC):
         rows = busy.nonzero()[:, 0]
         at = image[rows]
         result.queries[at] += (~slots.held[rows]).long()
-        margin = margins(slots.logits, slots.labels)
-        if not self.projects:
-            far = threat_model.size(slots.points - slots.clean) > _NEARLY * threat_model.eps
-            nearly[at] = torch.minimum(nearly[at], margin.masked_fill(far, torch.inf)[rows])
-            margin = margin.masked_fill(~threat_model.contains(slots.points, slots.clean), torch.inf)
+        margin, inside = margins(slots.logits, slots.labels), torch.empty(0)
+        if not self.projects:  # few points are inside the ball, and only those near it are looked at closely
+            inside = self._near(slots, threat_model)
+            nearly[at] = torch.minimum(nearly[at], torch.where(inside, margin, torch.inf)[rows])
+            close = inside.nonzero()[:, 0]
+            inside[close] = threat_model.contains(slots.points[close], slots.clean[close])
+            margin = torch.where(inside, margin, torch.inf)
         lowest = busy & (margin < result.margin[image])
         result.margin[at] = torch.minimum(result.margin[at], margin[rows])
         very_last = ended & (slots.run == runs - 1)
@@ -294,7 +296,8 @@ class Attack(Spec, ABC):
         asked = (wrong if judge is None else wrong | very_last | unsure).nonzero()[:, 0]
         asked = asked[~result.fooled[image[asked]]]
         if len(asked):
-            asked = asked[threat_model.contains(slots.points[asked], slots.clean[asked])]
+            allowed = threat_model.contains(slots.points[asked], slots.clean[asked]) if self.projects else inside[asked]
+            asked = asked[allowed]
         if len(asked) and judge is not None:
             deceived = judge(slots.points[asked]) != slots.labels[asked]
             disputes = asked[~deceived & wrong[asked]]
@@ -318,6 +321,12 @@ class Attack(Spec, ABC):
             points = threat_model.project(slots.points[standing], slots.clean[standing])
             result.adversarial[image[standing]] = points
         return done
+
+    @staticmethod
+    def _near(slots: Slots, threat_model: ThreatModel) -> Tensor:
+        """Which points are inside the ball or a little outside, ``(T,)`` bool."""
+        within = max(_NEARLY * threat_model.eps, threat_model.eps + 2 * TOLERANCE)
+        return threat_model.size(slots.points - slots.clean) <= within
 
     def _progress(self, result: AttackResult, image: Tensor, slots: Slots, ran: Tensor, runs: int) -> float:
         """Roughly, the finished part of the work."""

@@ -21,8 +21,10 @@ from coldforge.attacks.base import empty_result
 
 _VALUES = 2**21
 """Values of the images that all workers together attack at a time, so that large images do not fill the memory."""
-_FEWEST = 32
-"""Images that are worth a worker."""
+_FEWEST = 8
+"""Images that are worth a worker: what the smallest tile holds."""
+_LOOK = 32
+"""Images that show whether a network answers them alike twice."""
 _LOOK_SECONDS = 0.5
 
 
@@ -121,7 +123,7 @@ def attack_all(
 
 def _copies(model: Classifier, count: int, images: Tensor) -> list[Classifier] | None:
     """One for each worker; None: it cannot be asked by several."""
-    few = images[:_FEWEST]
+    few = images[:_LOOK]
     if not torch.equal(predict(model, few), predict(model, few)):
         return None
     if not isinstance(model, nn.Module):
