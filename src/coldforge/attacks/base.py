@@ -4,13 +4,13 @@ An attack is a frozen spec and a callable. A subclass writes one hook, :meth:`At
 keeps the promises: only points inside the ball and the box count, every iterate counts, the network, its gradients and
 the global random state are untouched, and an image's verdict depends neither on the batch it came in nor on its
 neighbours. For the last one, networks are queried with a tile of the same size, or one that is answered alike
-(:mod:`coldforge.attacks.tiles`): an image that is done leaves its slot at once and the next one of the queue takes it.
+(:mod:`coldforge.attacks.tiles`): an image that is done leaves its slot at once and the next one takes it. Where none
+waits, a later restart or target of one that is being attacked does (:mod:`coldforge.attacks.runs`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self, final
@@ -20,6 +20,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from coldforge.attacks.query import TILE, Classifier, Judge, check_images, loss_direction, margins, query, untouched
+from coldforge.attacks.runs import Runs
 from coldforge.attacks.threat import TOLERANCE, ThreatModel
 from coldforge.attacks.tiles import Tiles
 from coldforge.spec import Spec, seed_of
@@ -84,7 +85,7 @@ class AttackResult:
 class Attack(Spec, ABC):
     """An attack with its settings. Call it; see :meth:`__call__`."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     """Raised when an attack of the same settings gives other results."""
     uses_gradients: ClassVar[bool] = True
     """False: only logits are asked for, so a deployed file can be attacked."""
@@ -204,32 +205,26 @@ class Attack(Spec, ABC):
             return result
         with untouched(model):
             targets = self.targets(model, images, labels)
-            runs = self.runs(0) if targets is None else targets.shape[1]
-            waiting = deque((image, 0) for image in range(count))
+            runs = Runs(count, self.runs(0) if targets is None else targets.shape[1], all_of_them=keep_last)
             tiles = Tiles(model, images.shape[1:], gradients=self.uses_gradients)
             image = torch.full((TILE,), -1)  # which image is in each slot; -1: none
             slots = _empty_slots(images)
             passes, shown = 0, 0.0
-            ran = torch.zeros(count)  # runs that ended without success
-            nearly = torch.full((count,), torch.inf)  # smallest margin up to a little outside the ball
             while True:
-                free = (image < 0).nonzero()[:, 0].tolist()[: len(waiting)]
-                if free:
-                    for row in free:
-                        which, run = waiting.popleft()
-                        image[row], slots.step[row], slots.run[row] = which, 0, run
-                        slots.key[row] = seed_of(seed, self.name, int(names[which]), run)
-                    slots.held[free] = False
-                    at = image[free]
-                    slots.clean[free], slots.labels[free] = images[at], labels[at]
+                if begun := self._fill(slots, image, runs):
+                    at = image[begun]
+                    for row, which in zip(begun, at.tolist(), strict=True):
+                        slots.key[row] = seed_of(seed, self.name, int(names[which]), int(slots.run[row]))
+                    slots.clean[begun], slots.labels[begun] = images[at], labels[at]
                     if targets is not None:
-                        slots.target[free] = targets[at, slots.run[free]]
-                    slots.points[free] = self.start(slots, free, threat_model)
+                        slots.target[begun] = targets[at, slots.run[begun]]
+                    slots.points[begun] = self.start(slots, begun, threat_model)
                 busy = image >= 0
                 if not bool(busy.any()) or (stop is not None and stop()):
                     break
-                if not waiting:
-                    left = int(((runs - slots.run) * (self.steps + 1) - slots.step)[busy].max())
+                if not bool(busy.all()):
+                    to_come = (runs.runs - 1 - slots.run) * int(keep_last)
+                    left = int((to_come * (self.steps + 1) + self.steps + 1 - slots.step)[busy].max())
                     size = tiles.next(len(image), int(busy.sum()), left)
                     if size < len(image):
                         rows = torch.cat([busy.nonzero()[:, 0], (~busy).nonzero()[:, 0]])[:size]
@@ -242,59 +237,78 @@ class Attack(Spec, ABC):
                 slots.logits, gradient = query(model, slots.points, direction)
                 if gradient is not None:  # one pixel without a slope must not stop the search in all others
                     slots.gradient = gradient.nan_to_num(nan=0.0, posinf=_STEEPEST, neginf=-_STEEPEST)
-                ended = busy & (slots.step >= self.steps)
-                done = self._judge(slots, image, ended, runs, threat_model, result, judge, keep_last, nearly)
-                ran[image[ended & ~done]] += 1
-                for row in (ended & ~done).nonzero()[:, 0].tolist():
-                    waiting.append((int(image[row]), int(slots.run[row]) + 1))
-                finished = image[done].tolist()
-                if finished and on_done is not None:
-                    on_done(result, finished)
-                image[done | ended] = -1
+                over = self._judge(slots, image, runs, threat_model, result, judge, keep_last)
+                finished = runs.leave(image[over].tolist())
+                if len(finished):
+                    result.finished[finished] = True
+                    _settle(result, runs, finished)
+                    if on_done is not None:
+                        on_done(result, finished.tolist())
+                image[over] = -1
                 slots.held = torch.zeros_like(busy)
                 moved = self.advance(slots, threat_model)
                 slots.points = threat_model.project(moved, slots.clean) if self.projects else moved
                 slots.step += 1
                 passes += 1
                 if on_progress is not None and passes % _PROGRESS_PASSES == 0:
-                    shown = max(shown, self._progress(result, image, slots, ran, runs))
+                    shown = max(shown, self._progress(result, image, slots, runs))
                     on_progress(shown)
+        stopped = (~result.finished).nonzero()[:, 0]
+        _settle(result, runs, stopped)
+        fooled = stopped[result.fooled[stopped] & (not keep_last)]  # only which run was the first is not known
+        result.finished[fooled] = True
+        if len(fooled) and on_done is not None:
+            on_done(result, fooled.tolist())
         if on_progress is not None and bool(result.finished.all()):
             on_progress(1.0)
         return result
+
+    @staticmethod
+    def _fill(slots: Slots, image: Tensor, runs: Runs) -> list[int]:
+        """Begin a run in every free slot, as long as there are any; the slots."""
+        begun = []
+        for row in (image < 0).nonzero()[:, 0].tolist():
+            following = runs.next()
+            if following is None:
+                break
+            image[row], slots.run[row] = following
+            slots.step[row] = 0
+            begun.append(row)
+        slots.held[begun] = False
+        return begun
 
     def _judge(
         self,
         slots: Slots,
         image: Tensor,
-        ended: Tensor,
-        runs: int,
+        runs: Runs,
         threat_model: ThreatModel,
         result: AttackResult,
         judge: Judge | None,
         keep_last: bool,
-        nearly: Tensor,
     ) -> Tensor:
-        """Enter what this pass has shown into ``result``; which slots hold images that are done, ``(T,)``."""
+        """Enter what this pass has shown into ``result`` and ``runs``; which slots' runs are over, ``(T,)``."""
         busy = image >= 0
         rows = busy.nonzero()[:, 0]
-        at = image[rows]
-        result.queries[at] += (~slots.held[rows]).long()
+        at = image[rows], slots.run[rows]
+        runs.queries[at] += (~slots.held[rows]).long()
         margin, inside = margins(slots.logits, slots.labels), torch.empty(0)
         if not self.projects:  # few points are inside the ball, and only those near it are looked at closely
             inside = self._near(slots, threat_model)
-            nearly[at] = torch.minimum(nearly[at], torch.where(inside, margin, torch.inf)[rows])
+            runs.nearly[at] = torch.minimum(runs.nearly[at], torch.where(inside, margin, torch.inf)[rows])
             close = inside.nonzero()[:, 0]
             inside[close] = threat_model.contains(slots.points[close], slots.clean[close])
             margin = torch.where(inside, margin, torch.inf)
-        lowest = busy & (margin < result.margin[image])
-        result.margin[at] = torch.minimum(result.margin[at], margin[rows])
-        very_last = ended & (slots.run == runs - 1)
+        lowest = torch.zeros_like(busy)
+        lowest[rows] = margin[rows] < runs.margin[at]
+        runs.margin[at] = torch.minimum(runs.margin[at], margin[rows])
+        ended = busy & (slots.step >= self.steps)
+        very_last = ended & (slots.run == runs.runs - 1)
         wrong = busy & (slots.logits.argmax(1) != slots.labels)
         slots.refused = torch.zeros_like(wrong)
         unsure = lowest & (margin < _DOUBT * (slots.logits.amax(1) - slots.logits.amin(1)))
         asked = (wrong if judge is None else wrong | very_last | unsure).nonzero()[:, 0]
-        asked = asked[~result.fooled[image[asked]]]
+        asked = asked[runs.open(image[asked], slots.run[asked])]
         if len(asked):
             allowed = threat_model.contains(slots.points[asked], slots.clean[asked]) if self.projects else inside[asked]
             asked = asked[allowed]
@@ -302,25 +316,25 @@ class Attack(Spec, ABC):
             deceived = judge(slots.points[asked]) != slots.labels[asked]
             disputes = asked[~deceived & wrong[asked]]
             slots.refused[disputes] = True
-            result.disputed[image[disputes]] = True
+            runs.disputed[image[disputes], slots.run[disputes]] = True
             asked = asked[deceived]
-        if len(asked):
-            which = image[asked]
-            result.fooled[which] = True
-            result.adversarial[which] = slots.points[asked]
-            result.step[which], result.restart[which] = slots.step[asked], slots.run[asked]
-            result.part[which] = 0
-        done = very_last if keep_last else very_last | (busy & result.fooled[image])
-        result.finished[image[done]] = True
-        over = done.nonzero()[:, 0]
-        result.margin[image[over]] = torch.minimum(result.margin[image[over]], nearly[image[over]])
+        for row in asked.tolist():
+            which, run = int(image[row]), int(slots.run[row])
+            if runs.succeed(which, run):
+                result.fooled[which] = True
+                result.adversarial[which] = slots.points[row]
+                result.step[which], result.restart[which], result.part[which] = slots.step[row], run, 0
+        if not keep_last:
+            ended[asked] = True
+        runs.ended[image[ended], slots.run[ended]] = True
+        over = busy.clone()
+        over[rows] = runs.over(*at)
         if keep_last:
-            result.last[image[over]] = slots.points[over]
-        standing = over[~result.fooled[image[over]]]
-        if len(standing):
-            points = threat_model.project(slots.points[standing], slots.clean[standing])
-            result.adversarial[image[standing]] = points
-        return done
+            result.last[image[very_last]] = slots.points[very_last]
+        standing = very_last & ~result.fooled[image]
+        points = threat_model.project(slots.points[standing], slots.clean[standing])
+        result.adversarial[image[standing]] = points
+        return over
 
     @staticmethod
     def _near(slots: Slots, threat_model: ThreatModel) -> Tensor:
@@ -328,10 +342,16 @@ class Attack(Spec, ABC):
         within = max(_NEARLY * threat_model.eps, threat_model.eps + 2 * TOLERANCE)
         return threat_model.size(slots.points - slots.clean) <= within
 
-    def _progress(self, result: AttackResult, image: Tensor, slots: Slots, ran: Tensor, runs: int) -> float:
+    def _progress(self, result: AttackResult, image: Tensor, slots: Slots, runs: Runs) -> float:
         """Roughly, the finished part of the work."""
-        parts = ran + torch.zeros_like(ran).index_add(0, image[image >= 0], slots.step[image >= 0] / (self.steps + 1))
-        return float(torch.where(result.finished, 1.0, (parts / runs).clamp_max(1.0)).mean())
+        busy = image >= 0
+        parts = runs.ended.sum(1).float().index_add(0, image[busy], slots.step[busy] / (self.steps + 1))
+        return float(torch.where(result.finished, 1.0, (parts / runs.runs).clamp_max(1.0)).mean())
+
+
+def _settle(result: AttackResult, runs: Runs, images: Tensor) -> None:
+    """Enter what the runs of these images have shown."""
+    result.queries[images], result.margin[images], result.disputed[images] = runs.settled(images)
 
 
 def empty_result(images: Tensor, keep_last: bool = False) -> AttackResult:

@@ -33,7 +33,7 @@ _NEWTON_STEPS = 50
 class FAB(Attack):
     """``steps`` projections onto the linearized boundary to each of the strongest other classes (FAB-T)."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     projects: ClassVar[bool] = False
 
     steps: int = 100
