@@ -210,6 +210,30 @@ def test_a_stop_leaves_the_rest_unfinished(task: tuple[nn.Module, Tensor, Tensor
         assert 1.0 not in seen
 
 
+def test_what_a_later_run_found_before_the_first_one_ended_counts() -> None:
+    class SecondWins(PGD):
+        def start(self, slots, rows, threat_model):  # type: ignore[no-untyped-def]
+            return slots.clean[rows] + 0.1 * (slots.run[rows] == 1).view(-1, 1, 1, 1)
+
+        def advance(self, slots, threat_model):  # type: ignore[no-untyped-def]
+            return slots.points
+
+    def model(x: Tensor) -> Tensor:
+        return torch.stack([0.5 - x.flatten(1)[:, 0], x.flatten(1)[:, 0] - 0.5], 1)
+
+    attack = SecondWins(label="second", steps=5, restarts=3, rel_step=1.0)
+    image, label = torch.full((1, 1, 1, 1), 0.45), torch.tensor([0])
+    whole = attack(model, image, label, LINF)
+    assert (whole.restart.item(), whole.step.item(), whole.queries.item()) == (1, 0, 7), "as one after the other"
+    assert whole.margin.item() == pytest.approx(-0.1)
+    asked, done = iter([False] * 3), list[int]()
+    stopped = attack(
+        model, image, label, LINF, stop=lambda: next(asked, True), on_done=lambda _, positions: done.extend(positions)
+    )
+    assert bool(stopped.fooled & stopped.finished)
+    assert done == [0]
+
+
 def test_keep_last_goes_on_after_the_first_success(task: tuple[nn.Module, Tensor, Tensor]) -> None:
     model, images, labels = task
     plain = parse_attack("pgd-8")(model, images, labels, LINF)
