@@ -54,6 +54,15 @@ def test_any_recipe_survives_toml(eps, ratio, bits, seed, name):
     assert spec_hash(again) == spec_hash(recipe)
 
 
+def test_a_description_names_what_was_set_by_hand():
+    plain = load_recipe("quickstart").description
+    changed = load_recipe("quickstart", overrides={"threat_model.eps": 0.05, "prune.ratio": 0.25, "compute.threads": 1})
+    assert changed.description == f"{plain} Set by hand: threat_model.eps, prune.ratio."
+    assert load_recipe("quickstart", overrides=["seed=3"]).description == plain
+    assert load_recipe("quickstart", overrides=["prune.ratio=0.25", "description=my own"]).description == "my own"
+    assert load_recipe({}, overrides=["prune.ratio=0.25"]).description == ""
+
+
 def test_fractions_and_overrides():
     overrides = ["threat_model.eps=8/255", "finetune.epochs = 5", "data.source=cifar10", "seed=3"]
     recipe = load_recipe({}, overrides=overrides)

@@ -15,6 +15,9 @@ from pydantic import BaseModel, ValidationError
 from coldforge.errors import RecipeError, nearest
 from coldforge.recipe.specs import Recipe
 
+_OF_NO_CONCERN = {"name", "seed", "compute"}
+"""Keys and tables that no description of a recipe is about."""
+
 
 def preset_names() -> list[str]:
     """Names of the recipes that ship with coldforge."""
@@ -31,20 +34,22 @@ def load_recipe(
         source: name of a shipped preset, path of a TOML file (whose recipe is called like the file, where it does not
             say), or a nested mapping.
         overrides: texts such as ``"finetune.epochs=5"`` or ``"threat_model.eps=8/255"``, whose values are TOML or
-            bare words; or a mapping such as ``{"finetune.epochs": 5}``.
+            bare words; or a mapping such as ``{"finetune.epochs": 5}``. A description, which may speak of what they
+            change, names them.
 
     Raises:
         RecipeError: for a file that is missing or not TOML, an unknown key (names the nearest valid one), or a value
             out of range.
     """
     table = _read(source)
-    if isinstance(overrides, Mapping):
-        for key, value in overrides.items():
-            _set(table, key, value)
-    else:
-        for text in overrides:
-            _set(table, *parse_override(text))
-    return _validate(table)
+    changes = overrides if isinstance(overrides, Mapping) else dict(parse_override(text) for text in overrides)
+    for key, value in changes.items():
+        _set(table, key, value)
+    recipe = _validate(table)
+    told = [key for key in changes if key.partition(".")[0] not in _OF_NO_CONCERN]
+    if not told or not recipe.description or "description" in changes:
+        return recipe
+    return recipe.model_copy(update={"description": f"{recipe.description} Set by hand: {', '.join(told)}."})
 
 
 def _read(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:

@@ -218,7 +218,8 @@ def base_of(spec: SweepSpec) -> dict[str, Any]:
     Raises:
         RecipeError: there is none, or a key or a value is not valid.
     """
-    base = load_recipe(spec.recipe, overrides=spec.set).model_dump(mode="json")
+    plain = load_recipe(spec.recipe)
+    base = load_recipe(spec.recipe, overrides={"description": plain.description, **spec.set}).model_dump(mode="json")
     if base["compute"]["devices"] * base["compute"]["num_nodes"] > 1:
         raise RecipeError(
             "compute.devices, compute.num_nodes: expected 1 in a sweep, whose trials are made beside each other; "
@@ -253,7 +254,8 @@ def expand(spec: SweepSpec, *, resolve: Callable[[Recipe], Recipe] = lambda reci
                 everything = {**point, **settings, "seed": seed}
                 if any(_matches(everything, rule) for rule in spec.exclude):
                     continue
-                recipe = load_recipe(base, overrides={**settings, "seed": seed})
+                words = {"seed": seed, "description": base["description"]}
+                recipe = load_recipe(base, overrides={**settings, **words})
                 decides = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in _NAMES}
                 decides["compute"] = recipe.compute.in_every_key()
                 name = spec_hash(decides)[:12]
