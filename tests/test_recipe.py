@@ -61,6 +61,8 @@ def test_a_description_names_what_was_set_by_hand():
     assert load_recipe("quickstart", overrides=["seed=3"]).description == plain
     assert load_recipe("quickstart", overrides=["prune.ratio=0.25", "description=my own"]).description == "my own"
     assert load_recipe({}, overrides=["prune.ratio=0.25"]).description == ""
+    same = {"model.source": "zoo:cnn8"}  # as forge() says it of a network that it is given by name
+    assert load_recipe(load_recipe("quickstart").model_dump(mode="json"), overrides=same).description == plain
 
 
 def test_fractions_and_overrides():

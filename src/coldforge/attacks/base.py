@@ -30,7 +30,8 @@ WITH_GRADIENT = 3.0
 
 _PROGRESS_PASSES = 8
 _DOUBT = 0.01
-"""A judge is also asked where the margin is smaller than ever before and than this part of the range of the logits."""
+"""A judge is also asked where the margin is the smallest of its run and smaller than this part of the range of the
+logits."""
 
 
 _NEARLY = 1.1

@@ -43,10 +43,9 @@ def load_recipe(
     """
     table = _read(source)
     changes = overrides if isinstance(overrides, Mapping) else dict(parse_override(text) for text in overrides)
-    for key, value in changes.items():
-        _set(table, key, value)
+    changed = [key for key, value in changes.items() if _set(table, key, value)]
     recipe = _validate(table)
-    told = [key for key in changes if key.partition(".")[0] not in _OF_NO_CONCERN]
+    told = [key for key in changed if key.partition(".")[0] not in _OF_NO_CONCERN]
     if not told or not recipe.description or "description" in changes:
         return recipe
     return recipe.model_copy(update={"description": f"{recipe.description} Set by hand: {', '.join(told)}."})
@@ -93,14 +92,17 @@ def parse_override(text: str) -> tuple[str, object]:
         return key.strip(), value.strip()
 
 
-def _set(table: dict[str, Any], key: str, value: object) -> None:
+def _set(table: dict[str, Any], key: str, value: object) -> bool:
+    """Put a value where it belongs; whether another one, or none, was there."""
     *path, last = key.split(".")
     for part in path:
         child = table.setdefault(part, {})
         if not isinstance(child, dict):
             raise RecipeError(f"{key}: expected a table at {part!r}, found a value")
         table = child
+    is_new = last not in table or table[last] != value
     table[last] = value
+    return is_new
 
 
 def _validate(table: Mapping[str, Any]) -> Recipe:
