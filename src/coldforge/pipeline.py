@@ -33,11 +33,12 @@ def arrow(shop: Shop) -> Arrow:
     """Declare every stage of the recipe; nothing is computed."""
     recipe = shop.recipe
     baseline = stages.baseline(shop)
-    parent = stages.prune(shop, baseline)
+    hardened = stages.harden(shop, baseline) if recipe.harden.train else None
+    parent = stages.prune(shop, hardened or baseline, earlier=hardened)
     compressed = stages.quantize(shop, parent)
-    taught = recipe.finetune.objective == "distill" and recipe.finetune.teacher == "reference"
-    reference = stages.reference(shop) if recipe.reference.train or taught else None
-    teacher = reference if taught else baseline
+    taught_by = recipe.finetune.teacher if recipe.finetune.objective == "distill" else ""
+    reference = stages.reference(shop) if recipe.reference.train or taught_by == "reference" else None
+    teacher = {"reference": reference, "hardened": hardened}.get(taught_by, baseline)
     arms = [arm for arm in recipe.finetune.arms if arm != "none"]
     begun = {arm: stages.finetune_in_float(shop, parent, arm, teacher=teacher) for arm in arms}
     tuned = {arm: stages.finetune(shop, compressed, arm, begun=begun[arm], teacher=teacher) for arm in arms}
@@ -65,7 +66,8 @@ def arrow(shop: Shop) -> Arrow:
     if recipe.deploy.runtimes:
         timed = {"baseline": files["baseline"], "artifact": files[artifact]}
         evidence["measure"] = stages.measure(shop, baseline, timed)
-    return Arrow(networks, files, evidence, artifact, tuple(stage for stage in begun.values() if stage is not None))
+    unseen = (hardened, *begun.values())
+    return Arrow(networks, files, evidence, artifact, tuple(stage for stage in unseen if stage is not None))
 
 
 def run(
@@ -154,7 +156,7 @@ def check_trainings(recipe: Recipe, augment: str | None = None) -> None:
         RecipeError: an attack is not known, or does nothing for its objective.
         AttackError: its steps cannot cross the ball.
     """
-    for spec in (recipe.finetune, recipe.reference, recipe.model.train):
+    for spec in (recipe.finetune, recipe.harden, recipe.reference, recipe.model.train):
         parse_inner(spec.attack).check(ThreatModel.of(recipe.threat_model))
         check_inner(spec, augment)
 

@@ -17,7 +17,7 @@ from coldforge.recipe.specs import (
     Recipe,
     ThreatModelSpec,
 )
-from coldforge.recipe.training import ControlSpec, FinetuneSpec, ReferenceSpec, TrainSpec
+from coldforge.recipe.training import ControlSpec, FinetuneSpec, HardenSpec, ReferenceSpec, TrainSpec
 
 __all__ = [
     "ComputeSpec",
@@ -26,6 +26,7 @@ __all__ = [
     "DeploySpec",
     "EvaluateSpec",
     "FinetuneSpec",
+    "HardenSpec",
     "ModelSpec",
     "PruneSpec",
     "QuantizeSpec",

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from coldforge.recipe.training import ControlSpec, FinetuneSpec, ReferenceSpec, TrainSpec
+from coldforge.recipe.training import ControlSpec, FinetuneSpec, HardenSpec, ReferenceSpec, TrainSpec
 from coldforge.spec import Number, Spec
 
 
@@ -215,6 +215,7 @@ class Recipe(Spec):
     threat_model: ThreatModelSpec = ThreatModelSpec()
     data: DataSpec = DataSpec()
     model: ModelSpec = ModelSpec()
+    harden: HardenSpec = HardenSpec()
     prune: PruneSpec = PruneSpec()
     quantize: QuantizeSpec = QuantizeSpec()
     finetune: FinetuneSpec = FinetuneSpec()
@@ -230,4 +231,6 @@ class Recipe(Spec):
             raise ValueError(
                 f"deploy.arm: expected one of finetune.arms {list(self.finetune.arms)}, got {self.deploy.arm!r}"
             )
+        if self.finetune.objective == "distill" and self.finetune.teacher == "hardened" and not self.harden.train:
+            raise ValueError('finetune.teacher = "hardened": expected harden.train = true, got false')
         return self

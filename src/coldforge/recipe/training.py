@@ -75,8 +75,9 @@ class FinetuneSpec(TrainSpec):
 
     objective: Literal["natural", "adversarial", "trades", "distill"] = "adversarial"
     """Of the adversarial arm: adversarial, trades or distill; the natural arm is always natural."""
-    teacher: Literal["baseline", "reference"] = "baseline"
-    """Who teaches in distill: the dense baseline, or the dense adversarially trained reference (trained if need be)."""
+    teacher: Literal["baseline", "hardened", "reference"] = "baseline"
+    """Who teaches in distill: the dense baseline, the same after [harden], or the dense reference that was trained
+    adversarially from scratch (trained if need be)."""
     attack: str = "pgd-2"
     """Inner attack of the adversarial arm: fgsm-rs, n-fgsm, fgsm-reuse, or pgd-K such as pgd-7."""
     optimizer: Literal["sgd", "muon"] = "muon"
@@ -131,6 +132,30 @@ class FinetuneSpec(TrainSpec):
         if not self.arms or len(set(self.arms)) != len(self.arms):
             raise ValueError(f"finetune.arms: expected distinct arms, at least one, got {list(self.arms)}")
         return self
+
+
+class HardenSpec(TrainSpec):
+    """A few adversarial epochs of the dense network before it is pruned: channels are then chosen from a network that
+    is somewhat robust already, and there is a teacher for little. Their cost belongs to all that follows."""
+
+    train: bool = False
+    """Harden the baseline first."""
+    objective: Literal["adversarial", "trades"] = "adversarial"
+    """adversarial or trades."""
+    attack: str = "fgsm-rs"
+    """Inner attack: cheap, as the dense network is large."""
+    epochs: int = Field(default=2, ge=1)
+    """Passes over the training images."""
+    optimizer: Literal["sgd", "muon"] = "muon"
+    """sgd: stochastic gradient descent with momentum. muon: orthogonal steps for convolutions, for the rest sgd."""
+    batch_size: int = Field(default=64, ge=1)
+    """Images a step."""
+    lr: Number = Field(default=0.03, gt=0)
+    """Peak learning rate."""
+    weight_decay: Number = Field(default=1e-4, ge=0)
+    """L2 penalty on weights (not on biases or BatchNorm; with muon, not on convolutions)."""
+    eps_ramp: Number = Field(default=0.15, ge=0, lt=1)
+    """Part of training in which eps of the inner attack rises from 0 to its full value."""
 
 
 class ReferenceSpec(TrainSpec):

@@ -92,10 +92,30 @@ def reference(shop: Shop) -> Stage:
     )
 
 
-def prune(shop: Shop, network: Stage) -> Stage:
+def harden(shop: Shop, network: Stage) -> Stage:
+    """The baseline after a few adversarial epochs, still dense."""
+    spec = shop.recipe.harden
+
+    def build(folder: Path, report: Report) -> None:
+        start, structure = shop.network(network)
+        train_into(shop, folder, start, structure, spec, report)
+
+    return shop.declare(
+        "harden",
+        "harden: train the dense network adversarially",
+        [spec, threat_of(shop, spec), shop.recipe.seed],
+        [network],
+        build,
+        trains=True,
+        macs=training_macs(shop, spec, shop.dense_macs()),
+    )
+
+
+def prune(shop: Shop, network: Stage, *, earlier: Stage | None = None) -> Stage:
     """Remove channels; the result is the *parent* of all that follows.
 
-    In several steps, if wanted, with training between them on what the deployed arm is trained on.
+    In several steps, if wanted, with training between them on what the deployed arm is trained on. ``earlier`` is the
+    stage whose training belongs to the parent's: the hardening.
     """
     spec = shop.recipe.prune
     between = _between_steps(shop) if spec.steps > 1 and spec.ratio else None
@@ -107,7 +127,7 @@ def prune(shop: Shop, network: Stage) -> Stage:
         small, structure = shop.network(network)
         plan = PruningPlan()
         rounds = spec.steps if spec.ratio else 1
-        results = []
+        outcomes = [] if earlier is None else [shop.result(earlier)]
         for number in range(rounds):
             ranking = _taylor(shop, small) if sees_images else None
             small, more = prune_channels(
@@ -119,9 +139,9 @@ def prune(shop: Shop, network: Stage) -> Stage:
                 checkpoints.mkdir(exist_ok=True)
                 result = trained(shop, small, between, checkpoints, report)
                 small = result.model
-                results.append(result)
+                outcomes.append(outcome_of(result))
         save_network(folder, small, structure.model_copy(update={"pruning": plan}))
-        write_json(folder / "result.json", joined_outcomes([outcome_of(result) for result in results]))
+        write_json(folder / "result.json", joined_outcomes(outcomes))
 
     seed = shop.recipe.seed if spec.importance == "random" or sees_images or between else 0
     attacked = threat_of(shop, between) if between else None
