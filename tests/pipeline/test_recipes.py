@@ -90,6 +90,33 @@ def test_a_robust_teacher_is_trained_if_need_be(recipe, forge_again, model, fact
     assert distilled.curve[0].robust_accuracy >= 0
 
 
+def test_a_hardened_network_is_pruned_and_teaches_and_is_paid_for(recipe, forge_again, tmp_path):
+    store = Store(tmp_path / "store")
+    plain = forge_again(recipe(), store, tmp_path / "plain").record
+    hard = {"harden.train": True, "harden.epochs": 3, "harden.attack": "pgd-2", "harden.batch_size": 32}
+    made = forge_again(recipe(hard), store, tmp_path / "hard")
+    baseline, compressed, tuned = (made.record.stage(name) for name in ("baseline", "compressed", "tuned"))
+    assert compressed.train_macs > 200 * 3 * (3 + 2 * 2) * baseline.macs, "images, epochs, passes of PGD-2"
+    assert plain.stage("compressed").train_macs == 0
+    assert [point.epoch for point in compressed.curve] == [1, 2, 3]
+    assert "pruned from a dense network that was hardened: 3 epochs, adversarial, pgd-2" in compressed.notes
+    assert tuned.train_macs == plain.stage("tuned").train_macs, "a hardening is told of once"
+    assert compressed.robust_accuracy["worst_case"] > plain.stage("compressed").robust_accuracy["worst_case"]
+    assert "baseline: load" in made.spy.cached, "which is not changed"
+    distilled = {"finetune.objective": "distill", "finetune.teacher": "hardened", "finetune.arms": ["adversarial"]}
+    taught = forge_again(recipe({**hard, **distilled}), store, tmp_path / "taught")
+    assert "harden: train the dense network adversarially" in taught.spy.cached
+    stage = taught.record.stage("tuned")
+    answers = stage.train_macs - made.record.stage("tuned", "adversarial").train_macs
+    clean = 3 * compressed.macs  # what the student says of them is learned from, too
+    assert answers == pytest.approx(200 * baseline.macs + 192 * clean), "the teacher answers once an image"
+
+
+def test_a_hardened_teacher_has_to_be_hardened(recipe):
+    with pytest.raises(RecipeError, match=r"finetune.teacher = .hardened.: expected harden.train = true, got false"):
+        recipe({"finetune.objective": "distill", "finetune.teacher": "hardened"})
+
+
 def test_a_live_network_has_no_reference_to_learn_from(recipe, forge_again, tmp_path):
     changes = {"finetune.objective": "distill", "finetune.teacher": "reference"}
     with pytest.raises(RecipeError, match="fresh weights"):

@@ -54,7 +54,9 @@ CHANGES = {
     "data.source=cifar10": [],  # the data are in memory; their fingerprint counts
     "reference.lr=0.3": [],  # not trained
     "model.train.lr=0.3": [],
+    "harden.lr=0.3": [],
 }
+HARDENED = {"harden.train": True}
 
 
 def matching(labels, patterns):
@@ -76,6 +78,14 @@ def before(stages_of, recipe):
 def test_a_setting_changes_what_stands_on_it(change, before, recipe, stages_of):
     after = stages_of(load_recipe(recipe().model_dump(mode="json"), overrides=re.split(r" (?=\w+\.)", change)))
     assert changed(before, after) == matching(before, CHANGES[change])
+
+
+def test_a_hardening_decides_all_after_the_baseline(before, recipe, stages_of):
+    hard, harder = stages_of(recipe(HARDENED)), stages_of(recipe(HARDENED | {"harden.epochs": 5}))
+    assert set(hard) - set(before) == {"harden: train the dense network adversarially"}
+    apart = {"baseline: load", "export: baseline", "evaluate: baseline"}
+    assert changed(hard, harder) == set(hard) - apart
+    assert changed(before, {label: hard[label] for label in before}) == set(before) - apart
 
 
 def test_the_same_recipe_has_the_same_keys(before, recipe, stages_of):
@@ -145,14 +155,14 @@ def test_optional_rows_change_no_other(recipe, stages_of):
 
 @pytest.mark.parametrize("more", [{}, {"finetune.epochs": 2, "finetune.float_epochs": 1}])
 def test_every_stage_is_made_once_and_after_what_it_reads(more, recipe, shop):
-    changes = {"control.train": True, "reference.train": True, **more}
+    changes = {"control.train": True, "reference.train": True, **HARDENED, **more}
     made = list(arrow(shop(recipe(changes), network="zoo:cnn8")))
     keys = [stage.key for stage in made]
     assert len(set(keys)) == len(keys)
     assert all(set(stage.inputs) <= set(keys[:index]) for index, stage in enumerate(made))
     assert ("fine-tune in float: adversarial" in [stage.label for stage in made]) == bool(more)
     kinds = [stage.kind for stage in made]
-    assert kinds[:3] == ["baseline", "prune", "quantize"]
+    assert kinds[:4] == ["baseline", "harden", "prune", "quantize"]
     assert kinds[-3:] == ["agree", "gallery", "measure"]
     assert max(index for index, kind in enumerate(kinds) if kind == "export") < kinds.index("evaluate")
 

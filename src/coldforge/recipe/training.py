@@ -136,7 +136,8 @@ class FinetuneSpec(TrainSpec):
 
 class HardenSpec(TrainSpec):
     """A few adversarial epochs of the dense network before it is pruned: channels are then chosen from a network that
-    is somewhat robust already, and there is a teacher for little. Their cost belongs to all that follows."""
+    is somewhat robust already, and there is a teacher for little. Their cost belongs to all that follows.
+    """
 
     train: bool = False
     """Harden the baseline first."""

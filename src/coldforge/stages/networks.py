@@ -95,10 +95,11 @@ def reference(shop: Shop) -> Stage:
 def harden(shop: Shop, network: Stage) -> Stage:
     """The baseline after a few adversarial epochs, still dense."""
     spec = shop.recipe.harden
+    note = f"pruned from a dense network that was hardened: {spec.epochs} epochs, {spec.objective}, {spec.attack}"
 
     def build(folder: Path, report: Report) -> None:
         start, structure = shop.network(network)
-        train_into(shop, folder, start, structure, spec, report)
+        train_into(shop, folder, start, structure, spec, report, earlier=[UNTRAINED | {"notes": [note]}])
 
     return shop.declare(
         "harden",
