@@ -281,9 +281,7 @@ def _ours(job: Job, attack: str) -> Tensor:
     adversarial = job.images.clone()
     for part in as_parts(parse_attack(attack)):
         images, labels = job.images[standing], job.labels[standing]
-        found = find_adversarial(
-            target, part, images, labels, job.threat_model, seed=job.seed, indices=standing, precision=precision
-        )
+        found = find_adversarial(target, part, images, labels, job.threat_model, seed=job.seed, precision=precision)
         adversarial[standing] = found.adversarial
         standing = standing[~found.fooled]
         queries = int(found.queries.sum())

@@ -3,7 +3,8 @@
     python examples/quickstart.py
     python examples/quickstart.py --set finetune.epochs=3 --set threat_model.eps=0.05
 
-About four minutes on two cores the first time; finished stages are kept, so a second run takes seconds.
+A few minutes to half an hour on two cores the first time (`coldforge run --plan` says how long here); finished stages
+are kept, so a second run takes seconds.
 """
 
 from __future__ import annotations

@@ -148,4 +148,6 @@ def test_documented_toml_is_the_same_recipe():
     for spec in (recipe, recipe.finetune, recipe.model.train):
         for field in type(spec).model_fields.values():
             assert not field.description or field.description.splitlines()[0] in text
-    assert "[model.train]\n# " in documented_toml(Recipe())
+    assert "schedule.\n[model.train]\n# natural: " in documented_toml(Recipe())
+    assert "# One of: l1, l2, batchnorm, taylor, taylor-adversarial, random.\nimportance" in documented_toml(Recipe())
+    assert "# One of: linf, l2.\nnorm" in documented_toml(Recipe())

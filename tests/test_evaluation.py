@@ -195,6 +195,25 @@ def test_a_folder_of_a_run_is_its_file_judged_with_gradients_of_its_twin(files: 
     assert subject.target.surrogates == {}
 
 
+def test_an_onnx_file_may_take_normalized_pixels(files: Files, tmp_path: Path) -> None:
+    _, bare = files.network.children()
+    path = tmp_path / "bare.onnx"
+    export_onnx(bare, path, image_shape=files.data.image_shape, classes=files.data.classes)
+    request = Request(data=DATA.source, eps="0.05", mean=str(MEAN[0]), std=str(STD[0]))
+    subject = load_subject(path, request, threads=1)
+    assert f"the file was asked about normalized pixels: mean {MEAN[0]}, std {STD[0]}" in subject.notes
+    images = files.data.test.pixels()
+    assert subject.target.file is not None
+    expected = predict(files.network, images)
+    assert torch.allclose(subject.target.file.logits(images), expected, atol=1e-4)
+    assert torch.equal(subject.target.file.labels(images), expected.argmax(1))
+    plain = load_subject(path, Request(data=DATA.source, eps="0.05"), threads=1)
+    assert not torch.allclose(plain.target.file.logits(images), expected, atol=1e-1)  # type: ignore[union-attr]
+    beside = Request(data=DATA.source, eps="0.05", mean="0.3", std="0.35", surrogate=files.checkpoint, model=FACTORY)
+    with_surrogate = load_subject(files.onnx, beside, threads=1)
+    assert not with_surrogate.notes, "there they are the checkpoint's"
+
+
 def test_options_go_before_the_recipe_of_the_folder(files: Files) -> None:
     request = Request(eps="8/255", data="fashion-mnist-mini", attack=("pgd-5", "fgsm, pgd-5"))
     subject = load_subject(files.folder, request, threads=1)
@@ -293,7 +312,12 @@ def test_names_of_classes_that_differ_are_noted(files: Files, tmp_path: Path) ->
         ("float.onnx", {"eps": "wide"}, "--eps: .*got 'wide'"),
         ("float.onnx", {"eps": "0"}, "--eps: expected a number above 0, got 0"),
         ("float.onnx", {"eps": "0.1", "model": FACTORY}, "holds its own architecture"),
-        ("float.onnx", {"eps": "0.1", "mean": "0"}, r"--mean is for checkpoint files.*must take pixels in \[0, 1\]"),
+        (
+            "float.onnx",
+            {"eps": "0.1", "mean": "0", "data": "fashion-mnist-mini"},
+            "--mean and --std: expected both or none of them, got one",
+        ),
+        ("float.onnx", {"eps": "0.1", "key_prefix": "a."}, "--key-prefix is for checkpoint files.*, got a onnx"),
         ("run", {"std": "1"}, "--std is for checkpoint files"),
         ("run", {"norm": "l2"}, r"--eps: expected the radius of the attacks \(l2"),
         ("run", {"surrogate": "float.onnx"}, "--surrogate: expected a network with gradients, got the file"),

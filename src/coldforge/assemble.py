@@ -88,15 +88,22 @@ def _row(shop: Shop, made: Arrow, row: str) -> StageRecord:
     name, label = LABELS[row]
     cost = shop.result(made.files[made.artifact if row == "artifact" else row])
     cost = {key: value for key, value in cost.items() if key != "sha256"}
-    outcomes = {each: shop.result(network) for each, network in _trained(made, row).items()}
-    told = [each for each in outcomes if each != row and f"evaluate: {each}" in made.evidence]  # by rows of their own
+    way = _trained(shop, made, row)
+    told = {  # by rows of their own
+        name
+        for each in way
+        if each != row and f"evaluate: {each}" in made.evidence
+        for name in _trained(shop, made, each)
+    }
+    outcomes = {each: shop.result(network) for each, network in way.items()}
+    if row != "reference" and "reference" in outcomes:  # a teacher: its cost, and not its curve
+        outcomes["reference"] |= {"curve": [], "notes": []}
     trained = joined_outcomes([outcome for each, outcome in outcomes.items() if outcome and each not in told])
     timed = made.evidence.get("measure")
     measured = {"latency": {}, "energy": {}} if timed is None else shop.result(timed)
     energy = measured["energy"].get(row, {})
-    notes = list(trained["notes"])
-    if row == "artifact" and made.artifact in told:  # what a reader must know of a network, he must know of its file
-        notes += outcomes[made.artifact].get("notes", [])
+    # what a reader must know of a network, he must know of what was made from it
+    notes = [note for outcome in outcomes.values() for note in outcome.get("notes", [])]
     agreed: AgreementRecord | None = None
     if row == "artifact":
         found = shop.result(made.evidence["agree"])
@@ -121,15 +128,17 @@ def _row(shop: Shop, made: Arrow, row: str) -> StageRecord:
     )
 
 
-def _trained(made: Arrow, row: str) -> dict[str, Stage]:
+def _trained(shop: Shop, made: Arrow, row: str) -> dict[str, Stage]:
     """Row to the network whose training it tells of: of this one, and of those before it on the way from the baseline
-    (the parent may have been trained between steps of pruning).
+    (the parent may have been trained, hardened or between steps of pruning), and of a teacher that was trained for it.
     """
     source = made.artifact if row == "artifact" else row
     if row in ("baseline", "reference", "control"):
         return {row: made.networks[row]}
-    after = {} if source == "compressed" else {source: made.networks[source]}
-    return {"compressed": made.networks["parent"], **after}
+    finetune = shop.recipe.finetune
+    taught = source == "tuned: adversarial" and (finetune.objective, finetune.teacher) == ("distill", "reference")
+    before = {"compressed": made.networks["parent"]} | ({"reference": made.networks["reference"]} if taught else {})
+    return before if source == "compressed" else before | {source: made.networks[source]}
 
 
 def _warnings(cost: dict[str, Any], agreed: dict[str, Any], *, reduced: bool) -> list[str]:

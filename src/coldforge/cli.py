@@ -277,7 +277,8 @@ def sensitivity(
 
 @app.command(help_epilogue="Example:\n\ncoldforge verify coldforge-quickstart")
 def verify(folder: Path, /, *, json: bool = False) -> int:
-    """Check on this machine that the file answers, and is as fast, as its record says. Exit code 1 where it does not.
+    """Ask the file again on this machine. Fails (exit code 1) if it is another file, if fewer than 99.5 % of the
+    recorded answers come back, if its integer kernels are not used, or if over twice as slow on the same CPU model.
 
     Args:
         folder: what `coldforge run` has written, copied to this machine.

@@ -1,4 +1,4 @@
-"""The commands ``coldforge sweep`` and ``coldforge pick``."""
+"""The commands about several networks: ``coldforge sweep``, ``coldforge pick`` and ``coldforge compare``."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def add_commands(app: App) -> None:
         "coldforge pick sweep-my-sweep --min robust=0.70 --minimize latency\n\n"
         "coldforge pick sweep-my-sweep --max bytes=100000 --maximize robust",
     )
+    app.command(compare, help_epilogue="Example:\n\ncoldforge compare coldforge-fashion-mnist coldforge-other")
 
 
 def sweep(
@@ -149,3 +150,46 @@ def pick(
     sys.stdout.write(f"{target}\n  {trial.label}\n")
     for name in ("robust:worst_case", "clean_accuracy", "size_bytes", "macs"):
         sys.stdout.write(f"  {name} {row[name]:g}\n")
+
+
+def compare(first: Path, second: Path, /, *, json: bool = False) -> None:
+    """Compare two networks on the same test images, image by image.
+
+    Prints clean accuracy, robust accuracy under each attack that both were attacked with, and the worst case; of each
+    the difference in points with its 95 % interval for paired images, and the p-value of McNemar's exact test.
+
+    Args:
+        first: a folder that `coldforge run` (its artifact counts) or `coldforge evaluate` wrote.
+        second: another, of the same images and the same threat model.
+        json: print as JSON.
+    """
+    from dataclasses import asdict
+
+    from coldforge.console import print_json, print_table
+    from coldforge.evaluation.compare import compare as compare_folders
+
+    found = compare_folders(first, second)
+    if json:
+        print_json(asdict(found))
+        return
+    headers = ("", "images", "first %", "second %", "difference, points", "only first right", "only second", "p")
+    print_table(
+        headers,
+        [
+            (
+                each.what,
+                each.n,
+                f"{100 * each.first:.1f}",
+                f"{100 * each.second:.1f}",
+                "{:+.1f} [{:+.1f}, {:+.1f}]".format(
+                    100 * (each.first - each.second), *(100 * end for end in each.interval)
+                ),
+                each.only_first,
+                each.only_second,
+                f"{each.p:.3g}",
+            )
+            for each in found.differences
+        ],
+    )
+    for note in found.notes:
+        sys.stdout.write(f"{note}\n")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self, get_args, get_origin
 
 from rich import box
 from rich.console import Console
@@ -158,15 +159,29 @@ def documented_toml(spec: Spec, table: str = "") -> str:
     """
     import tomli_w
 
-    lines, tables = [f"[{table}]"] if table else [], []
+    lines, tables = [*_comments(type(spec).__doc__), f"[{table}]"] if table else [], []
     for name, field in type(spec).model_fields.items():
         value = getattr(spec, name)
         if isinstance(value, Spec):
             tables.append(documented_toml(value, f"{table}.{name}" if table else name))
             continue
-        lines += [f"# {line.strip()}" for line in (field.description or "").splitlines()]
+        lines += _comments(field.description)
+        choices = [str(choice) for choice in _choices(field.annotation)]
+        if not all(re.search(rf"\b{re.escape(choice)}\b", field.description or "") for choice in choices):
+            lines.append(f"# One of: {', '.join(choices)}.")
         lines.append(tomli_w.dumps({name: list(value) if isinstance(value, tuple) else value}).rstrip())
     return "\n\n".join(["\n".join(lines), *tables]) + ("" if table else "\n")
+
+
+def _comments(text: str | None) -> list[str]:
+    return [f"# {line.strip()}" for line in (text or "").strip().splitlines()]
+
+
+def _choices(annotation: object) -> tuple[object, ...]:
+    """The values that a type spells out, also for the elements of a tuple."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return tuple(choice for part in get_args(annotation) for choice in _choices(part))
 
 
 # --- progress --------------------------------------------------------------------------------------------------------

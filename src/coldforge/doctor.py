@@ -49,7 +49,8 @@ def _processor() -> list[Finding]:
     memory = f"{facts['memory_bytes'] / 1e9:.0f} GB memory" if facts["memory_bytes"] else "memory unknown"
     found = f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, {memory}"
     flags = ", ".join(facts["flags"]) or ("none that matter" if cpu_flags() else "cannot be read here")
-    bf16 = "training runs in bf16" if has_bf16() else "training runs in fp32, about half as fast as with bf16"
+    slower = "training runs in fp32; with bf16 a step took 7 to 40 % less time, the more the wider the network"
+    bf16 = "training runs in bf16" if has_bf16() else slower
     kernels = (
         "fake quantization is compiled" if cpp_compiler() else "fake quantization is not compiled: slower training"
     )

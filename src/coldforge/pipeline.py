@@ -36,10 +36,10 @@ def arrow(shop: Shop) -> Arrow:
     hardened = stages.harden(shop, baseline) if recipe.harden.train else None
     parent = stages.prune(shop, hardened or baseline, earlier=hardened)
     compressed = stages.quantize(shop, parent)
-    taught_by = recipe.finetune.teacher if recipe.finetune.objective == "distill" else ""
+    arms = [arm for arm in recipe.finetune.arms if arm != "none"]
+    taught_by = recipe.finetune.teacher if recipe.finetune.objective == "distill" and "adversarial" in arms else ""
     reference = stages.reference(shop) if recipe.reference.train or taught_by == "reference" else None
     teacher = {"reference": reference, "hardened": hardened}.get(taught_by, baseline)
-    arms = [arm for arm in recipe.finetune.arms if arm != "none"]
     begun = {arm: stages.finetune_in_float(shop, parent, arm, teacher=teacher) for arm in arms}
     tuned = {arm: stages.finetune(shop, compressed, arm, begun=begun[arm], teacher=teacher) for arm in arms}
     twin = compressed if recipe.deploy.arm == "none" else tuned[recipe.deploy.arm]
@@ -59,7 +59,7 @@ def arrow(shop: Shop) -> Arrow:
     }
     evidence["evaluate: artifact"] = stages.evaluate(shop, twin, "artifact", parent=parent, file=files[artifact])
     if recipe.evaluate.masking_n:
-        evidence["masking: artifact"] = stages.masking(shop, twin, "artifact", file=files[artifact])
+        evidence["masking: artifact"] = stages.masking(shop, twin, "artifact", parent=parent, file=files[artifact])
     evidence["agree"] = stages.agree(shop, twin, files[artifact])
     shown = [row for row in ("tuned: natural", artifact) if row in networks]
     evidence["gallery"] = stages.gallery(shop, {assemble.LABELS[row][1]: networks[row] for row in shown})

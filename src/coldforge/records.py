@@ -78,6 +78,8 @@ class MaskingCheckRecord(RecordModel):
     value: float
     threshold: float
     meaning: str
+    conclusive: bool = True
+    """False: it could say nothing about this network, and counts neither way."""
 
 
 class MaskingRecord(RecordModel):
@@ -85,6 +87,16 @@ class MaskingRecord(RecordModel):
 
     verdict: Literal["ok", "suspect", "not_run"] = "not_run"
     checks: tuple[MaskingCheckRecord, ...] = ()
+
+    @property
+    def tally(self) -> str:
+        """How many checks passed, and how many could say nothing; empty without checks."""
+        counted = [check for check in self.checks if check.conclusive]
+        if not self.checks:
+            return ""
+        silent = len(self.checks) - len(counted)
+        passed = f"{sum(check.passed for check in counted)} of {len(counted)} passed"
+        return passed + (f", {silent} not conclusive" if silent else "")
 
 
 class CurvePoint(RecordModel):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from coldforge.attacks import ATTACK_FORMS, PGD, Attack, AttackResult, Ensemble, ThreatModel, parse_attack, predict
+from coldforge.attacks.fab import FAB
 from coldforge.attacks.query import TILE
 
 LINF = ThreatModel("linf", 0.2)
@@ -49,17 +50,32 @@ def test_every_form_has_a_short_attack_here() -> None:
     assert set(NAMES) == set(ATTACK_FORMS)
 
 
+@pytest.mark.parametrize("form", NAMES)
+def test_the_time_of_an_attack_is_foreseen(task: tuple[nn.Module, Tensor, Tensor], form: str) -> None:
+    """What an image that stands takes; plans and estimates are made from it."""
+    model, images, labels = task
+    easy = (predict(model, images).argmax(1) == labels).nonzero()[:12, 0]
+    still = ThreatModel("linf", 1e-6)
+    for part in short(form).parts if isinstance(short(form), Ensemble) else (short(form),):
+        found = part(model, images[easy], labels[easy], still)
+        each = 2.0 if isinstance(part, FAB) else 3.0 if part.uses_gradients else 1.0  # FAB's steps back need none
+        assert not found.fooled.any()
+        assert found.queries.float().mean() * each == pytest.approx(part.passes(4), rel=0.35), part.name
+
+
 # --- nothing but the image decides, and nothing is left behind
 
 
 @pytest.mark.parametrize("form", NAMES)
 def test_pitfall_18_results_do_not_move_with_batch_or_order(task: tuple[nn.Module, Tensor, Tensor], form: str) -> None:
     model, images, labels = task
+    images, labels = torch.cat([images, images.flip(3)]), labels.repeat(2)  # more than 256
     attack = short(form)
     whole = attack(model, images, labels, LINF)
-    for size in (1, 7, 256):
-        for start in range(0, 14, size):
+    for size, upto in ((1, 14), (7, 14), (256, len(images))):
+        for start in range(0, upto, size):
             names = torch.arange(start, min(start + size, len(images)))
+            assert len(names) < len(images)
             part = attack(model, images[names], labels[names], LINF, indices=names)
             for what in COLUMNS:
                 assert torch.equal(getattr(part, what), getattr(whole, what)[names]), what

@@ -18,8 +18,10 @@ them all. The list, in short:
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,7 @@ from coldforge.data import ImageSet
 from coldforge.deploy import write_probe
 from coldforge.errors import AttackError, ModelError
 from coldforge.evaluate import Target, evaluate, mcnemar, summarize, wilson_interval
+from coldforge.evaluate.fast import Precision
 from coldforge.models import Normalize, check_classifier
 from coldforge.recipe import QuantizeSpec
 
@@ -182,6 +185,70 @@ def test_pitfall_27_fractions_come_with_an_error_bar_and_pairs_with_a_test(task:
         assert low < accuracy < high
         assert 0.1 < high - low < 0.2  # of 150 images
     assert mcnemar(20, 5) < 0.01, "15 of 1000 images: far inside the error bar of either, but the same images"
+
+
+class Stopped(nn.Module):
+    """A network behind a change of its input that autograd cannot follow back."""
+
+    def __init__(self, network: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.network, self.change = network, change
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(self.change(images))
+
+
+def in_integers(network: nn.Module, images: Tensor) -> nn.Module:
+    """By torch.ao: weights and activations are int8, and the modules call integer kernels."""
+    from torch.ao.quantization import DeQuantStub, QuantStub, convert, get_default_qconfig, prepare
+
+    stubbed = nn.Sequential(QuantStub(), copy.deepcopy(network), DeQuantStub()).eval()
+    stubbed.qconfig = get_default_qconfig(torch.backends.quantized.engine)
+    observed = prepare(stubbed)
+    observed(images)
+    return convert(observed)
+
+
+NO_WAY_BACK = {
+    "detached": lambda network, images: Stopped(network, torch.Tensor.detach),
+    "rounded to uint8": lambda network, images: Stopped(network, lambda x: (x * 255).round().to(torch.uint8) / 255),
+    "through numpy": lambda network, images: Stopped(network, lambda x: torch.from_numpy(x.detach().numpy().round(2))),
+    "int8 modules": in_integers,
+}
+IS_REFUSED = (
+    "expected logits that depend on the pixels by differentiable operations, found none; take .* such as square"
+)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")  # torch.ao's, about itself
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("precision", ["exact", "fp32", "bf16"])
+@pytest.mark.parametrize("stop", NO_WAY_BACK)
+def test_pitfall_28_a_network_without_gradients_is_refused_and_not_called_robust(
+    task: Task, stop: str, precision: Precision
+) -> None:
+    model, images, labels = task
+    target, data = Target(NO_WAY_BACK[stop](model, images).eval()), as_data(images[:40], labels[:40])
+    for name in ("fgsm", "apgd-ce-3", "fab-t-3-2", "autoattack-lite"):
+        with pytest.raises(AttackError, match=IS_REFUSED):
+            evaluate(target, data, [parse_attack(name)], LINF, precision=precision)
+    square = parse_attack("square-60")
+    ledger = evaluate(target, data, [square], ThreatModel("linf", 0.35), precision=precision)
+    assert ledger.right.float().mean() > 0.9
+    assert 10 < int((ledger.fooled[square.name] & ledger.right).sum()) < 40
+
+
+@pytest.mark.xfail(reason="query() raises torch's RuntimeError, and fast copies hand out gradients of 0 instead")
+@pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("precision", ["exact", "fp32", "bf16"])
+def test_pitfall_28_a_network_whose_last_layer_is_int8_is_refused_too(task: Task, precision: Precision) -> None:
+    """By torch.ao, dynamically: torch says that such logits need gradients, and has none to give."""
+    from torch.ao.quantization import quantize_dynamic
+
+    model, images, labels = task
+    target = Target(quantize_dynamic(copy.deepcopy(model), {nn.Linear}))
+    with pytest.raises(AttackError, match=IS_REFUSED):
+        evaluate(target, as_data(images[:40], labels[:40]), [parse_attack("fgsm")], LINF, precision=precision)
 
 
 def test_pitfall_29_a_clipping_range_does_not_hide_white_pixels() -> None:

@@ -84,6 +84,25 @@ def test_batchnorm_scale_decides(build: Build) -> None:
         prune(build("plain"), spec(0.5, importance="batchnorm"), image_shape=SHAPE)
 
 
+@pytest.mark.parametrize("scope", ["uniform", "global"])
+def test_layers_without_a_batchnorm_are_ranked_by_their_size(scope: str) -> None:
+    """And not emptied because nothing is known of them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 4),
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        model[1].weight.copy_(1 + 0.1 * torch.randn(16))
+        model[5].weight[:10] *= 3
+    small, plan = prune(model, spec(0.3, importance="batchnorm", scope=scope, min_width=1), image_shape=(3, 8, 8))
+    assert plan.achieved == pytest.approx(0.3, abs=0.06)
+    removed = {name: indices for name, _, indices in plan.steps}
+    assert removed["5"]
+    assert not set(removed["5"]) & set(range(10)), "those that weigh most stay"
+    assert small[0].out_channels > 4
+
+
 def test_names_that_need_images_are_refused_without(build: Build) -> None:
     with pytest.raises(ModelError, match="needs images: pass importance=taylor"):
         prune(build("plain"), spec(0.5, importance="taylor"), image_shape=SHAPE)

@@ -12,6 +12,7 @@ from coldforge.compress import ActivationQuantizer, QuantizedLayer, attacking, q
 from coldforge.errors import AttackError
 from coldforge.evaluate import Ledger, Target, evaluate, summarize, wilson_interval
 from coldforge.evaluate.ledger import Row
+from coldforge.evaluate.robustness import names_of
 from coldforge.recipe import QuantizeSpec
 
 NAMES = ("fgsm", "pgd-5", "pgd-4-2")
@@ -36,7 +37,7 @@ def slow_ledger(model, data, attacks, threat, n, seed):
             if answer != int(label):
                 row[attack.name] = (True, -1, -1, 0)
                 continue
-            result = attack(model, image, label, threat, seed=seed, indices=torch.tensor([index]))
+            result = attack(model, image, label, threat, seed=seed, indices=names_of(image))
             row[attack.name] = tuple(
                 column.item() for column in (result.fooled, result.step, result.restart, result.queries)
             )
@@ -177,12 +178,12 @@ def test_a_quantized_network_must_stand_both_gradients(task, threat):
     attack = parse_attack("pgd-5")
     found = evaluate(Target(network), data, [attack], threat, n=30, seed=5)
     standing = (predict(network, data.pixels()).argmax(1) == data.labels)[:30]
-    queries = torch.zeros(30, dtype=torch.int64)
+    queries, names = torch.zeros(30, dtype=torch.int64), names_of(data.pixels())
     fooled_by = {}
     for backward in ("pass_through", "clipped"):
         left = standing.nonzero()[:, 0]
         with attacking(network, backward):
-            result = attack(network, data.pixels(left), data.labels[left], threat, seed=5, indices=left)
+            result = attack(network, data.pixels(left), data.labels[left], threat, seed=5, indices=names[left])
         queries[left] += result.queries
         standing[left[result.fooled]] = False
         fooled_by[backward] = int(result.fooled.sum())

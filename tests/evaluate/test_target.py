@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import onnxruntime
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +14,8 @@ from torch import nn
 
 from coldforge.attacks import ThreatModel, parse_attack, predict
 from coldforge.compress import attacking, quantize
+from coldforge.data import ImageSet
+from coldforge.deploy import OnnxSession, export_onnx
 from coldforge.errors import AttackError
 from coldforge.evaluate import TRANSFER, Target, evaluate, fast_copy, find_adversarial, mcnemar, paired_interval
 from coldforge.evaluate.target import Ways
@@ -111,6 +114,42 @@ def test_a_journal_of_another_evaluation_is_not_used(task, threat, tmp_path):
     stronger = ThreatModel("linf", 0.2)
     found = evaluate(Target(model), data, ATTACKS[:1], stronger, seed=3, checkpoint=tmp_path / "journal")
     assert same(found, evaluate(Target(model), data, ATTACKS[:1], stronger, seed=3))
+
+
+def test_a_journal_of_another_network_file_or_images_is_not_used(task, threat, tmp_path):
+    """They answer the clean images alike."""
+    model, data = task
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[4].weight.mul_(1.01)
+    brighter = ImageSet((data.images.int() + 1).clamp(0, 255).to(torch.uint8), data.labels, data.classes)
+    square = [parse_attack("square-20")]
+    for target, images, attacks in (
+        (Target(model), data, ATTACKS),
+        (Target(other), data, ATTACKS),
+        (Target(other), brighter, ATTACKS),
+        (Target(None, File(model)), data, square),
+        (Target(None, File(other)), data, square),
+    ):
+        found = evaluate(target, images, attacks, threat, checkpoint=tmp_path / "journal")
+        assert torch.equal(found.answers, target.answers(data.pixels()))
+        assert same(found, evaluate(target, images, attacks, threat))
+
+
+@pytest.mark.parametrize("precision", ["exact", "fp32", "bf16"])
+def test_pitfall_18_results_do_not_move_with_the_order_of_the_data(task, threat, rounded, precision):
+    model, data = task
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))
+    turned = ImageSet(data.images[order], data.labels[order], data.classes)
+    for target in (Target(model), Target(rounded, File(rounded))):
+        found, other = (evaluate(target, each, ATTACKS, threat, precision=precision) for each in (data, turned))
+        for what in COLUMNS:
+            for attack, column in getattr(found, what).items():
+                expected = column[order] if isinstance(column, torch.Tensor) else [column[i] for i in order.tolist()]
+                got = getattr(other, what)[attack]
+                if isinstance(got, torch.Tensor):
+                    expected, got = (t.double().nan_to_num(-7, posinf=-8).tolist() for t in (expected, got))
+                assert got == expected, (what, attack)
 
 
 # --- budget
@@ -224,21 +263,61 @@ def test_unrounded_is_the_float_parent(task, rounded):
     assert not torch.allclose(predict(rounded, data.pixels()), loose, atol=1e-2)
 
 
-def test_pitfall_31_every_verdict_is_the_files(task, threat, rounded):
+def test_pitfall_31_every_verdict_is_the_files(task, threat):
     model, data = task
-    file = File(rounded)
     images, labels = data.pixels(), data.labels
-    found = evaluate(Target(model, file), data, ATTACKS, threat, seed=1)
-    assert torch.equal(found.answers, predict(rounded, images).argmax(1))
-    assert (
-        any(by.endswith("on the file") for by in found.by["autoattack-lite"]) or found.fooled["autoattack-lite"].any()
-    )
+    coarse = quantize(model, QuantizeSpec(weight_bits=3, activation_bits=3, edge_bits=3), images)
+    answers = predict(coarse, images).argmax(1)
+    assert (answers != predict(model, images).argmax(1)).any(), "or the network's answers would do"
+    target, square = Target(model, File(coarse)), parse_attack("square-50")
+    found = evaluate(target, data, [ATTACKS[0], square], threat, seed=1)
+    assert torch.equal(found.answers, answers)
+    assert {by for by in found.by[square.name] if by} == {"on the file"}, "what needs no gradients asks nothing else"
+    assert found.disputed[ATTACKS[0].name].any(), "a coarse file disputes its float network"
+    right = found.right.nonzero()[:, 0]
     for attack in ATTACKS:
-        right = found.right.nonzero()[:, 0]
-        images_of = find_adversarial(Target(model, file), attack, images[right], labels[right], threat, indices=right)
-        wrong = predict(rounded, images_of.adversarial).argmax(1) != labels[right]
-        assert wrong[images_of.fooled].all()
-    assert sum(int(column.sum()) for column in found.disputed.values()) > 0, "a coarse file disputes its float network"
+        images_of = find_adversarial(target, attack, images[right], labels[right], threat, indices=right)
+        wrong = predict(coarse, images_of.adversarial).argmax(1) != labels[right]
+        assert images_of.fooled.any()
+        assert torch.equal(wrong, images_of.fooled)
+
+
+@pytest.fixture(scope="module")
+def exported(task, tmp_path_factory):
+    """(int8 network, its ONNX file)"""
+    model, data = task
+    twin = quantize(model, QuantizeSpec(), data.pixels())
+    path = tmp_path_factory.mktemp("int8") / "model.onnx"
+    export_onnx(twin, path, image_shape=(1, 8, 8), classes=data.classes)
+    return twin, path
+
+
+@pytest.mark.parametrize("searched", ["its twin", "its float parent"])
+def test_pitfall_31_plain_onnxruntime_says_the_same_of_an_int8_file(task, threat, exported, searched):
+    """Every image is asked again in a session that this project did not make."""
+    model, data = task
+    twin, path = exported
+    images, labels = data.pixels(), data.labels
+    target = Target(twin if searched == "its twin" else model, OnnxSession(path, threads=1))
+    assert target.file.uses_integer_kernels()
+    plain = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def wrong(points):
+        (logits,) = plain.run(None, {plain.get_inputs()[0].name: points.numpy()})
+        return torch.from_numpy(logits).argmax(1) != labels
+
+    attacks = [parse_attack(name) for name in ("pgd-5", "apgd-t-6-3", "square-50")]
+    found = evaluate(target, data, attacks, threat, seed=1)
+    assert torch.equal(found.right, ~wrong(images))
+    for attack in attacks:
+        result = find_adversarial(target, attack, images, labels, threat, seed=1)
+        threat.verify(result.adversarial, images)
+        assert torch.equal(wrong(result.adversarial), result.fooled), "broken: wrong; standing: right to the last"
+        assert torch.equal(found.fooled[attack.name], result.fooled | wrong(images))
+        assert 0 < (found.fooled[attack.name] & found.right).sum() < found.right.sum()
+    assert not wrong(images)[found.survived("worst_case")].any()
+    if searched == "its float parent":
+        assert sum(int(column.sum()) for column in found.disputed.values()) > 0, "or the network could have judged"
 
 
 def test_pitfall_28_a_black_box_has_no_gradients_and_says_so(task, threat):

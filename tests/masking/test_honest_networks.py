@@ -13,6 +13,7 @@ from coldforge.recipe import PruneSpec, QuantizeSpec
 L2 = ThreatModel("l2", 1.0)
 SMALL = ThreatModel("linf", 0.03)
 """Where a natural network still stands on half of the images, so that attacks can differ."""
+HONEST = ("natural", "adversarial", "pruned", "batchnorm", "int8", "int8 of a natural network", "int4")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def networks(fresh, fit, natural, robust, data):
     def coarse(network, bits):
         return quantize(network, QuantizeSpec(weight_bits=bits, activation_bits=bits), calibration)
 
-    return {
+    built = {
         "natural": natural,
         "adversarial": robust,
         "pruned": fit(pruned, epochs=2, inner="pgd-2", lr=0.02),
@@ -32,29 +33,43 @@ def networks(fresh, fit, natural, robust, data):
         "int8 of a natural network": coarse(natural, 8),
         "int4": fit(coarse(robust, 4), epochs=2, inner="fgsm-rs", lr=0.02),
     }
+    assert tuple(built) == HONEST
+    return built
 
 
 CASES = [
-    ("natural", SMALL),
-    ("natural", L2),
-    ("adversarial", None),
-    ("adversarial", L2),
-    ("pruned", None),
-    ("batchnorm", SMALL),
-    ("int8", None),
-    ("int8 of a natural network", SMALL),
-    ("int4", None),
+    ("natural", SMALL, True),
+    ("natural", L2, False),  # an image can be planted for 50 of 62 images
+    ("adversarial", None, True),
+    ("adversarial", L2, False),  # for 54 of 60: just enough
+    ("pruned", None, True),
+    ("batchnorm", SMALL, True),
+    ("int8", None, True),
+    ("int8 of a natural network", SMALL, True),
+    ("int4", None, False),  # for 39 of 61
 ]
+"""Network, ball (None: that of its training), and whether the binarization test must be conclusive."""
 
 
-@pytest.mark.parametrize(("name", "threat"), CASES, ids=[f"{n}-{t.norm if t else 'trained eps'}" for n, t in CASES])
-def test_an_honest_network_is_not_flagged(name, threat, networks, data, ball):
+def test_there_are_at_least_five_honest_networks():
+    assert len(set(HONEST)) == len(HONEST) >= 5
+    assert {name for name, _, _ in CASES} == set(HONEST)
+    assert {name for name, _, conclusive in CASES if conclusive} >= {"natural", "adversarial"}
+
+
+@pytest.mark.parametrize(
+    ("name", "threat", "conclusive"), CASES, ids=[f"{n}-{t.norm if t else 'trained eps'}" for n, t, _ in CASES]
+)
+def test_an_honest_network_is_not_flagged(name, threat, conclusive, networks, data, ball):
     network = networks[name]
     assert (predict(network, data.test).argmax(1) == data.test_labels).float().mean() > 0.65
     found = masking_panel(Target(network), data.test, data.test_labels, threat or ball)
     wrong = [f"{check.name}: {check.meaning}" for check in found.checks if not check.passed]
     assert not wrong
     assert found.verdict == "ok"
+    (planted,) = [check for check in found.checks if check.name == "binarization"]
+    assert planted.meaning.startswith(("of the adversarial images planted for", "not conclusive, so not counted"))
+    assert not (conclusive and planted.meaning.startswith("not conclusive")), planted.meaning
 
 
 def test_confident_is_not_masked(natural, data):

@@ -204,6 +204,13 @@ WRAPPED = {
 }
 
 
+def test_the_zoo_has_at_least_ten_flaws():
+    """Beside those that must be trained, further down."""
+    assert len(WRAPPED) >= 10
+    assert len({wrap for wrap, _ in WRAPPED.values()}) == len(WRAPPED), "each another one"
+    assert all(wanted for _, wanted in WRAPPED.values()), "flagged for a reason that is named"
+
+
 def failed(network, data, ball):
     found = masking_panel(Target(network), data.test, data.test_labels, ball)
     names = {check.name for check in found.checks if not check.passed}

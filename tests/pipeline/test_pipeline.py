@@ -14,6 +14,7 @@ from coldforge.compress import QuantizedLayer, load_network
 from coldforge.data import load_data
 from coldforge.errors import RecipeError
 from coldforge.evaluate import BACKWARDS
+from coldforge.evaluation.compare import compare
 from coldforge.models import model_source
 from coldforge.pipeline import arrow, plan, resolve, run
 from coldforge.recipe import load_recipe
@@ -502,3 +503,12 @@ def test_a_run_with_other_settings_says_what_it_replaces(made, recipe, splits, m
         spy.notes.clear()
         run(recipe(changes), model=model, data=splits, store=made.store, out=tmp_path / "out", progress=spy)
         assert any("holds a run with other settings, which this one replaces" in note for note in spy.notes) == told
+
+
+def test_a_run_compares_with_itself(made):
+    found = compare(made.out, made.out)
+    artifact = made.record.stage("artifact")
+    assert [each.what for each in found.differences] == ["clean", "fgsm", "pgd-5", "transfer", "worst_case"]
+    for each in found.differences[1:]:
+        assert each.first == each.second == artifact.robust_accuracy[each.what]
+        assert (each.only_first, each.only_second, each.p) == (0, 0, 1.0)

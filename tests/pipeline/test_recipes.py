@@ -39,8 +39,15 @@ def test_everything_at_once_ends_in_a_file_that_agrees(recipe, forge_again, mode
     (alone,) = forge_again(only, Store(tmp_path / "store"), tmp_path / "only").record.stages
     assert alone.train_macs == compressed.train_macs + tuned.train_macs, "no row that is left out hides its cost"
     assert [point.epoch for point in alone.curve] == [1, 2, 3, 4]
-    before = (*compressed.notes, *tuned.notes)
-    assert alone.notes[: len(before)] == before
+    assert alone.notes[: len(tuned.notes)] == tuned.notes
+    assert alone.notes[: len(compressed.notes)] == compressed.notes
+    two = recipe({**STRONG, "evaluate.stages": ["tuned", "artifact"]})
+    _, shown, file = forge_again(
+        two, Store(tmp_path / "store"), tmp_path / "two"
+    ).record.stages  # the natural arm first
+    assert shown.train_macs == compressed.train_macs + tuned.train_macs
+    assert (file.train_macs, file.curve) == (0, ()), "what a row before tells is told once"
+    assert file.notes[: len(shown.notes)] == shown.notes == tuned.notes
     assert (artifact.weight_bits, artifact.activation_bits) == (1, 4)
     assert artifact.packed_bytes < compressed.size_bytes
     assert artifact.agreement.clean == artifact.agreement.adversarial == 1.0
@@ -88,6 +95,14 @@ def test_a_robust_teacher_is_trained_if_need_be(recipe, forge_again, model, fact
     natural, distilled = made.record.stages[2:4]
     assert natural.curve[0].robust_accuracy == -1
     assert distilled.curve[0].robust_accuracy >= 0
+    reference = made.record.stage("reference")
+    only = recipe({**changes, "evaluate.stages": ["artifact"]})
+    (alone,) = forge_again(only, Store(tmp_path / "store"), tmp_path / "only", model=None).record.stages
+    assert alone.train_macs == distilled.train_macs + reference.train_macs, "a teacher without a row is paid for, too"
+    assert len(alone.curve) == len(distilled.curve)
+    natural_only = recipe({**changes, "finetune.arms": ["natural"], "deploy.arm": "natural"})
+    made = forge_again(natural_only, Store(tmp_path / "store"), tmp_path / "natural", model=None)
+    assert "reference" not in [stage.name for stage in made.record.stages], "nobody asks it"
 
 
 def test_a_hardened_network_is_pruned_and_teaches_and_is_paid_for(recipe, forge_again, tmp_path):
@@ -96,11 +111,16 @@ def test_a_hardened_network_is_pruned_and_teaches_and_is_paid_for(recipe, forge_
     hard = {"harden.train": True, "harden.epochs": 3, "harden.attack": "pgd-2", "harden.batch_size": 32}
     made = forge_again(recipe(hard), store, tmp_path / "hard")
     baseline, compressed, tuned = (made.record.stage(name) for name in ("baseline", "compressed", "tuned"))
-    assert compressed.train_macs > 200 * 3 * (3 + 2 * 2) * baseline.macs, "images, epochs, passes of PGD-2"
+    plainly = forge_again(recipe({**hard, "harden.optimizer": "sgd"}), store, tmp_path / "sgd").record
+    passes = 192 * 3 * (3 + 2 * 2)  # images, epochs, PGD-2
+    assert plainly.stage("compressed").train_macs == passes * baseline.macs
+    assert compressed.train_macs > passes * baseline.macs, "the arithmetic of Muon"
     assert plain.stage("compressed").train_macs == 0
     assert [point.epoch for point in compressed.curve] == [1, 2, 3]
     assert "pruned from a dense network that was hardened: 3 epochs, adversarial, pgd-2" in compressed.notes
     assert tuned.train_macs == plain.stage("tuned").train_macs, "a hardening is told of once"
+    assert compressed.notes[0] in tuned.notes
+    assert compressed.notes[0] in made.record.stages[-1].notes
     assert compressed.robust_accuracy["worst_case"] > plain.stage("compressed").robust_accuracy["worst_case"]
     assert "baseline: load" in made.spy.cached, "which is not changed"
     distilled = {"finetune.objective": "distill", "finetune.teacher": "hardened", "finetune.arms": ["adversarial"]}

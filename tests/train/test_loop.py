@@ -365,7 +365,20 @@ def test_confidence_that_pgd_does_not_bear_out_is_overfitting(build, splits):
     judge(build, splits, points, attack="pgd-7")  # strong enough to be believed
     judge(build, splits, curve(0.5, 0.5, loss=0.4))  # 67 %: within reach
     judge(build, splits, points, eps_ramp=0.51)  # eps was still rising when the epoch began, of two the second
-    judge(build, splits, points[:1])
+    with pytest.raises(Overfitting, match="after epoch 1"):  # a training of one epoch is watched, too
+        judge(build, splits, points[:1], eps_ramp=0.0)
+    judge(build, splits, points[:1])  # eps was still rising
+
+
+@pytest.mark.parametrize(("loss", "overfits"), [(0.65, True), (1.0, False)])
+def test_smoothed_labels_leave_less_confidence(loss, overfits, build, splits):
+    """Three classes, smoothing 0.3: the loss is never below 0.64, which is full confidence."""
+    points = curve(0.5, 0.5, loss=loss)
+    if overfits:
+        with pytest.raises(Overfitting, match=r"leaves 9\d% confidence"):
+            judge(build, splits, points, label_smoothing=0.3)
+    else:
+        judge(build, splits, points, label_smoothing=0.3)
 
 
 def test_natural_training_may_lose_robustness(build, splits):

@@ -53,6 +53,10 @@ class APGD(Attack):
             refuse_restarts(self)
         return self
 
+    def runs(self, classes: int) -> int:
+        """One for each target, for the targeted loss."""
+        return self.restarts if self.loss == "ce" else min(self.n_targets, classes - 1)
+
     def targets(self, model: Classifier, images: Tensor, labels: Tensor) -> Tensor | None:
         """The strongest other classes, strongest first, for the targeted loss."""
         return None if self.loss == "ce" else strongest_others(model, images, labels, self.n_targets)

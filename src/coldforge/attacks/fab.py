@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from coldforge.attacks.apgd import MOST_TARGETS, refuse_restarts, strongest_others
-from coldforge.attacks.base import Attack, Slots
+from coldforge.attacks.base import WITH_GRADIENT, Attack, Slots
 from coldforge.attacks.query import Classifier, margins
 from coldforge.attacks.threat import ThreatModel
 from coldforge.errors import AttackError
@@ -59,6 +59,14 @@ class FAB(Attack):
                 f"{self.name}: expected linf perturbations inside the box [0, 1], got {threat_model.norm}"
                 f"{'' if threat_model.box else ' without the box'}; take apgd-ce, apgd-t and square instead"
             )
+
+    def runs(self, classes: int) -> int:
+        """One for each target."""
+        return min(self.n_targets, classes - 1)
+
+    def passes(self, classes: int) -> float:
+        """As of every attack; most steps ahead are followed by one back, which needs no gradient."""
+        return self.runs(classes) * self.steps * (WITH_GRADIENT + 1)
 
     def targets(self, model: Classifier, images: Tensor, labels: Tensor) -> Tensor:
         """The strongest other classes, strongest first."""

@@ -293,6 +293,10 @@ def _parts(group: Any, width: int) -> list[list[int]]:
     return list(parts.values())
 
 
+_SIZE = norm(1)
+"""How channels are ranked about which nothing else is known."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Part:
     """Channels of one group's root that are ranked among each other."""
@@ -323,7 +327,7 @@ def _ranked_parts(
     width, blocks = len(group[0].idxs), _blocks(graph, group)
     if blocks is None:
         return []
-    total, layers = torch.zeros(width, dtype=torch.float64), 0
+    total, layers, sizes = torch.zeros(width, dtype=torch.float64), 0, torch.zeros(width, dtype=torch.float64)
     for item in group:
         layer = item.dep.target.module
         out = graph.is_out_channel_pruning_fn(item.dep.handler)
@@ -338,8 +342,11 @@ def _ranked_parts(
             raise ModelError(
                 f"layer {names[layer]!r}: expected finite weights, got NaN or infinity; load other weights"
             )
-        total.index_add_(0, torch.tensor(item.root_idxs), score[torch.tensor(item.idxs)])
+        for values, of in ((total, score), (sizes, _SIZE(dense, names[layer]))):
+            values.index_add_(0, torch.tensor(item.root_idxs), of[torch.tensor(item.idxs)])
         layers += 1
+    if not bool(total.any()):  # no BatchNorm behind any of them, or no gradient: nothing tells them apart
+        total = sizes
     # The blocks of a grouped convolution all lose the same positions, so they are one part.
     parts = _parts(group, width) if blocks == 1 else [list(range(width))]
     rows = [torch.tensor(part).view(blocks, -1) for part in parts]

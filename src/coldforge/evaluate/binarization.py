@@ -98,7 +98,12 @@ def binarization_check(found: Binarization) -> MaskingCheckRecord:
     if not found.conclusive:
         why = f"not conclusive, so not counted ({found.images} of {found.attempted} images could be used): {rates}"
         return MaskingCheckRecord(
-            name="binarization", passed=True, value=found.found, threshold=LEAST_FOUND, meaning=why
+            name="binarization",
+            passed=True,
+            value=found.found,
+            threshold=LEAST_FOUND,
+            meaning=why,
+            conclusive=False,
         )
     return check(
         "binarization",

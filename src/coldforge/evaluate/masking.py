@@ -233,4 +233,5 @@ def _too_few(right: int, n: int) -> MaskingCheckRecord:
         value=float(right),
         threshold=float(FEWEST_RIGHT),
         meaning=f"only {right} of {n} images are right when clean, at least {FEWEST_RIGHT} are needed: attacks not run",
+        conclusive=False,
     )

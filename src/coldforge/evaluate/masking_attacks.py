@@ -119,7 +119,7 @@ def attack_checks(
         box: what is attacked.
         task: the images, right when clean.
         surrogates: networks from which adversarial images are transferred.
-        file: images to logits of the deployed file, if there is one: Square asks it.
+        file: images to logits of the deployed file, if there is one: Square asks it, and it judges what is transferred.
         say: called with the name of what comes next.
     """
     say("steps")
@@ -154,7 +154,7 @@ def attack_checks(
     checks.append(paired("square_beats_gradient", found, words, "gradient attacks", BEND, SQUARE_SHARE))
 
     say("transfer")
-    transferred = _transferred(box.network, task, surrogates, ~white)
+    transferred = _transferred(box.network, task, surrogates, file or box.network, ~white)
     if transferred is not None:
         made = "images made on other networks"
         checks.append(paired("transfer_beats_gradient", transferred, made, "gradient attacks on this one", BEND))
@@ -273,9 +273,11 @@ def fooled_by_noise(classifier: Classifier, task: Task, within: Tensor) -> Tenso
     return fooled
 
 
-def _transferred(network: nn.Module, task: Task, surrogates: Mapping[str, nn.Module], within: Tensor) -> Tensor | None:
-    """Images ``within`` that fool the network and were made on another, ``(n,)`` bool: on ``surrogates`` and, if the
-    network is quantized, on its float twin. None where there is no other.
+def _transferred(
+    network: nn.Module, task: Task, surrogates: Mapping[str, nn.Module], asked: Classifier, within: Tensor
+) -> Tensor | None:
+    """Images ``within`` that fool who is ``asked``, the network or its file, and were made on another, ``(n,)`` bool:
+    on ``surrogates`` and, if the network is quantized, on its float twin. None where there is no other.
     """
     sources: list[tuple[nn.Module, Backward]] = [(other, "pass_through") for other in surrogates.values()]
     if is_quantized(network):
@@ -284,7 +286,7 @@ def _transferred(network: nn.Module, task: Task, surrogates: Mapping[str, nn.Mod
         return None
 
     def judge(points: Tensor) -> Tensor:
-        return predict(network, points).argmax(1)
+        return predict(asked, points).argmax(1)
 
     fooled = torch.zeros_like(within)
     with attacking(network):

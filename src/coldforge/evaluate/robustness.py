@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from coldforge.attacks import Attack, AttackResult, Ensemble, ThreatModel, as_parts
 from coldforge.attacks.ensemble import merge
+from coldforge.compress import network_digest
 from coldforge.data import ImageSet
 from coldforge.errors import AttackError
 from coldforge.evaluate.crew import attack_all
@@ -42,6 +44,8 @@ def evaluate(
 ) -> Ledger:
     """Clean verdicts on all of ``data``, and every attack on its first ``n`` images.
 
+    An image draws the same random numbers wherever it stands: they are named by its pixels (:func:`names_of`).
+
     Each attack gets a column of its own, so that accuracies under single attacks can be compared; the parts of an
     ensemble share one and are run on what the parts before them left. On a quantized network each is tried with both
     kinds of gradients (:data:`BACKWARDS`); images that fool its float twin, or a surrogate, are a further column.
@@ -72,8 +76,9 @@ def evaluate(
     images, labels = data.pixels(), data.labels
     count = min(n, len(data)) if n else len(data)
     ledger = Ledger(labels, target.answers(images), seed=seed)
-    tries = _plan(Ways(target, _some(images), precision), attacks, threat_model, transfer)
-    key = spec_hash([list(data.image_shape), ledger.answers.tolist(), labels.tolist(), count, seed, precision])
+    some, names = _some(images), names_of(images[:count])
+    tries = _plan(Ways(target, some, precision), attacks, threat_model, transfer)
+    key = "" if checkpoint is None else _key(target, some, [data.fingerprint, ledger.answers, count, seed, precision])
     journal = Journal(checkpoint, spec_hash(key, str(threat_model), [(c, a.describe(), w.label) for c, a, w in tries]))
     for number, (column, attack, way) in enumerate(tries):
         if column not in ledger.fooled:
@@ -84,7 +89,7 @@ def evaluate(
                 on_progress((number + fraction) / len(tries), name)
 
         rest = [later for name, _, later in tries[number + 1 :] if name == column]
-        _run(ledger, column, attack, way, images, threat_model, journal, report, deadline, rest)
+        _run(ledger, column, attack, way, images, names, threat_model, journal, report, deadline, rest)
         report(1.0)
     journal.flush()
     return ledger
@@ -110,13 +115,13 @@ def find_adversarial(
         labels: ``(N,)``.
         threat_model: ball and box.
         seed: seed of the random draws.
-        indices: what the images are called, ``(N,)``; default: their position.
+        indices: what the images are called, ``(N,)``; default: as in :func:`evaluate`, :func:`names_of` them.
         precision: how to search; successes are verified.
 
     Returns:
         As of :meth:`Attack.__call__`; ``part`` counts the tries.
     """
-    names = torch.arange(len(images)) if indices is None else indices
+    names = names_of(images) if indices is None else indices
     result: AttackResult | None = None
     tries = _plan(Ways(target, _some(images), precision), [attack], threat_model, transfer=False)
     for number, (_, part, way) in enumerate(tries):
@@ -137,6 +142,23 @@ def find_adversarial(
         result = found if result is None else merge(result, found, rows, number)
     assert result is not None
     return result
+
+
+def names_of(images: Tensor) -> Tensor:
+    """What images ``(N, C, H, W)`` in [0, 1] are called, int64 ``(N,)``: a hash of their 8-bit pixels, below 2**60."""
+    rows = (images * 255).round().to(torch.uint8).flatten(1).numpy()
+    return torch.tensor([int(hashlib.sha256(row.tobytes()).hexdigest()[:15], 16) for row in rows], dtype=torch.int64)
+
+
+def _key(target: Target, some: Tensor, rest: list[object]) -> str:
+    """Names an evaluation, so that what is known of another is never taken for its own: data, settings, and what is
+    attacked. A file, of which only its answers are known, is named by its logits on ``some`` images.
+    """
+    networks = [target.network, *target.surrogates.values()]
+    digests = [network_digest(network) for network in networks if network is not None]
+    answers = [] if target.file is None else target.file.logits(some).tolist()
+    rest = [value.tolist() if isinstance(value, Tensor) else value for value in rest]
+    return spec_hash(digests, answers, list(target.surrogates), rest)
 
 
 def _some(images: Tensor) -> Tensor:
@@ -161,6 +183,7 @@ def _run(
     attack: Attack,
     way: Way,
     images: Tensor,
+    names: Tensor,
     threat_model: ThreatModel,
     journal: Journal,
     report: Callable[[float], None],
@@ -207,7 +230,7 @@ def _run(
             ledger.labels[left],
             threat_model,
             seed=ledger.seed,
-            indices=left,
+            indices=names[left],
             judge=way.judge,
             on_progress=report,
             on_done=keep,

@@ -47,7 +47,7 @@ class NetworkRequest:
     model: str | None = None
     """architecture of a checkpoint: package.module:factory, zoo:NAME, timm:NAME or torchvision:NAME."""
     mean: str | None = None
-    """the checkpoint's normalization of pixels in [0, 1]: one number, or one a channel; 0 (and --std 1): none."""
+    """mean that a checkpoint or .onnx file wants taken from pixels in [0, 1]: one, or one a channel; 0 (--std 1): none."""
     std: str | None = None
     """the same for the standard deviation."""
     key_prefix: str = ""
@@ -66,9 +66,9 @@ class Request(NetworkRequest):
     """How to evaluate."""
 
     attack: tuple[str, ...] | None = None
-    """see `coldforge recipes --attacks`; separate with commas; default: fgsm,pgd-20,autoattack-lite, or square."""
+    """comma-separated, see `coldforge recipes --attacks`; default: fgsm,pgd-20,autoattack-lite; .onnx alone: square."""
     budget: str | None = None
-    """stop attacking after so long, such as 20min, 90s or 1h; what is left unfinished is counted and said."""
+    """stop attacking after so long, such as 20min or 1h; what is unfinished is said; the masking checks come on top."""
     surrogate: Path | None = None
     """a folder of `coldforge run` or a checkpoint, on which to find images that are then tried on the target."""
     precision: Literal["auto", "exact", "fp32", "bf16"] = "auto"

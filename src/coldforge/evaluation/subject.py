@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from coldforge.deploy import OnnxSession
 from coldforge.errors import DataError, ModelError, UsageError
 from coldforge.evaluate import Target
 from coldforge.evaluate.crew import workers_of
+from coldforge.evaluate.target import Deployed
 from coldforge.evaluation.request import ATTACKS, BLACK_BOX_ATTACKS, NetworkRequest, Request, parse_numbers
 from coldforge.models import channels_last, check_classifier, load_weights, model_source, normalized
 from coldforge.models.checkpoints import SUFFIXES
@@ -82,6 +84,7 @@ def load_subject(path: Path, request: Request, *, threads: int) -> Subject:
     surrogate = _network(request.surrogate, request, data) if request.surrogate else None
     network: _Network | None = None
     file: OnnxSession | None = None
+    asked: Deployed | None = None
     if kind != "onnx":
         network = _network(path, request, data)
     if kind in ("folder", "onnx"):
@@ -89,11 +92,15 @@ def load_subject(path: Path, request: Request, *, threads: int) -> Subject:
         alone = network is None and surrogate is None
         asking = workers_of(threads, math.prod(data.image_shape))
         file = OnnxSession(path / "model.onnx" if kind == "folder" else path, threads=threads // asking if alone else 1)
-        _check(_FileAsModule(file), data, str(path))
+        asked = file
+        if kind == "onnx" and surrogate is None and (request.mean or request.std):
+            asked = _normalizing(file, request, data)
+            notes.append(f"the file was asked about normalized pixels: mean {request.mean}, std {request.std}")
+        _check(_FileAsModule(asked), data, str(path))
         notes += _names_differ(file, data)
     surrogates = {"the surrogate": surrogate.module} if surrogate else {}
     return Subject(
-        target=Target(network.module if network else None, file=file, surrogates=surrogates),
+        target=Target(network.module if network else None, file=asked, surrogates=surrogates),
         record=_record(path, kind, request, network, file, surrogate),
         data=data,
         data_record={
@@ -154,9 +161,10 @@ def _refuse_ignored_options(kinds: set[Kind], kind: Kind, request: NetworkReques
     """An option without effect would let a reader believe that it had one; ``kinds`` are all that are loaded."""
     if "weights file" not in kinds:
         for option, value in (("mean", request.mean), ("std", request.std), ("key-prefix", request.key_prefix)):
-            if value:
-                hint = "; an .onnx file must take pixels in [0, 1] itself" if kind == "onnx" else ""
-                raise UsageError(f"--{option} is for checkpoint files such as model.safetensors, got a {kind}{hint}")
+            if value and (kinds != {"onnx"} or option == "key-prefix"):
+                files = "checkpoint files such as model.safetensors"
+                files += "" if option == "key-prefix" else ", and for an .onnx file without a surrogate"
+                raise UsageError(f"--{option} is for {files}, got a {kind}")
     if kinds == {"onnx"} and request.model:
         raise UsageError("--model is for checkpoints; an .onnx file holds its own architecture")
 
@@ -267,10 +275,38 @@ def _from_file(path: Path, request: NetworkRequest, data: ImageSet) -> _Network:
     return _Network(normalized(bare, mean, std).eval(), request.model, sha256_of(path), path.stat().st_size)
 
 
+@dataclass(frozen=True, eq=False)
+class _Normalizing:
+    """A file that takes normalized pixels, asked about pixels in [0, 1]."""
+
+    file: OnnxSession
+    mean: Tensor
+    std: Tensor
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) in [0, 1] to logits (N, K)."""
+        return self.file.logits((images - self.mean) / self.std)
+
+    def labels(self, images: Tensor) -> Tensor:
+        """Images to labels (N,)."""
+        return self.logits(images).argmax(1)
+
+
+def _normalizing(file: OnnxSession, request: NetworkRequest, data: ImageSet) -> _Normalizing:
+    if not (request.mean and request.std):
+        raise UsageError("--mean and --std: expected both or none of them, got one")
+    channels = data.image_shape[0]
+    values = (
+        parse_numbers(request.mean, channels, "--mean"),
+        parse_numbers(request.std, channels, "--std"),
+    )
+    return _Normalizing(file, *(torch.tensor(each).view(-1, 1, 1) for each in values))
+
+
 class _FileAsModule(nn.Module):
     """So that a file passes the same checks as a network."""
 
-    def __init__(self, file: OnnxSession) -> None:
+    def __init__(self, file: Deployed) -> None:
         super().__init__()
         self._file = file
 

@@ -198,7 +198,7 @@ def verdict_lines(record: EvaluationRecord) -> list[str]:
     if masking.verdict == "not_run":
         return ["Masking checks: not run" + (f": {masking.checks[-1].meaning}" if masking.checks else "") + "."]
     failed = [check for check in masking.checks if not check.passed]
-    lines = [f"Masking checks: {masking.verdict}; {len(masking.checks) - len(failed)} of {len(masking.checks)} passed."]
+    lines = [f"Masking checks: {masking.verdict}; {masking.tally}."]
     for check in failed:
         compared = f"{text.digits3(check.value)} against {text.digits3(check.threshold)}"
         lines.append(f"  failed: {check.name.replace('_', ' ')}: {compared}. {check.meaning}")
@@ -259,8 +259,7 @@ def _cards(record: EvaluationRecord) -> Iterator[Card]:
         _short_flags(record),
     )
     yield Card("Perturbation", text.eps_255(threat.eps_255), text.norm(threat.norm), f"eps {text.eps(threat.eps)}")
-    checks = record.masking.checks
-    passed = f"{sum(check.passed for check in checks)} of {len(checks)} passed" if checks else ""
+    passed = record.masking.tally
     verdict = {"ok": "ok", "suspect": "suspect", "not_run": "not run"}[record.masking.verdict]
     yield Card("Masking checks", verdict, "", passed, "does it hold?" if verdict == "suspect" else "")
     kinds = {"folder": "file and its twin", "checkpoint": "network", "onnx": "black box"}

@@ -53,8 +53,9 @@ def _alone(stage: StageRecord, record: Record) -> str:
 
 def _clean(stage: StageRecord, base: StageRecord) -> str:
     mine, theirs = stage.clean_accuracy, base.clean_accuracy
-    verb = "reaches" if mine >= theirs else "keeps" if mine >= 0.85 * theirs else "falls to"
-    return f"{verb} {_pct(mine)} clean accuracy (baseline {_pct(theirs)})"
+    verb = "reaches" if mine >= theirs else "has" if mine >= 0.85 * theirs else "falls to"
+    points = f"{round(100 * mine, 1) - round(100 * theirs, 1):+.1f}".replace("-", "−")  # of the numbers shown
+    return f"{verb} {_pct(mine)} clean accuracy (baseline {_pct(theirs)}: {points} points)"
 
 
 def _robust(stage: StageRecord, base: StageRecord, record: Record) -> str:

@@ -27,11 +27,11 @@ PROBE_IMAGES = 256
 LATENCY_BATCHES = (1, 64)
 LATENCY_SECONDS = 1.0
 _PGD20 = parse_pgd("pgd-20")
-_SEARCH = 2
+_SEARCH = 3
 """Raised when attacks of the same settings find other points."""
 _PANEL_PASSES = 1500
 """Forward passes that the masking panel takes for an image, roughly."""
-_PANEL_VERSION = 2
+_PANEL_VERSION = 3
 """Raise it when the panel may judge otherwise: its entries in the store are then not found any more, all others are."""
 
 
@@ -125,15 +125,15 @@ def evaluate(shop: Shop, network: Stage, what: str, *, parent: Stage, file: Stag
     )
 
 
-def masking(shop: Shop, network: Stage, what: str, *, file: Stage) -> Stage:
-    """Does the robust accuracy hold: the masking panel on the file and its twin."""
+def masking(shop: Shop, network: Stage, what: str, *, parent: Stage, file: Stage) -> Stage:
+    """Does the robust accuracy hold: the masking panel on the file and its twin, with images from their ``parent``."""
     recipe = shop.recipe
 
     def build(folder: Path, report: Report) -> None:
         model, _ = shop.network(network)
         test = shop.evaluated.take(slice(0, recipe.evaluate.masking_n))
         found = masking_panel(
-            Target(model, _session(shop, file)),
+            Target(model, _session(shop, file), {"its float parent": shop.network(parent)[0]}),
             test.pixels(),
             test.labels,
             shop.threat_model,
@@ -145,7 +145,9 @@ def masking(shop: Shop, network: Stage, what: str, *, file: Stage) -> Stage:
     runtime = versions().get("onnxruntime", "")
     spec = [recipe.threat_model, recipe.evaluate.masking_n, recipe.seed, _SEARCH, runtime, _PANEL_VERSION]
     macs = 4.0 * _PANEL_PASSES * recipe.evaluate.masking_n * shop.small_macs()
-    return shop.declare("masking", f"masking panel: {what}", spec, [network, file], build, reads="evaluated", macs=macs)
+    return shop.declare(
+        "masking", f"masking panel: {what}", spec, [network, parent, file], build, reads="evaluated", macs=macs
+    )
 
 
 def _session(shop: Shop, file: Stage | None) -> OnnxSession | None:
@@ -225,15 +227,13 @@ def gallery(shop: Shop, networks: Mapping[str, Stage]) -> Stage:
         tensors = {"clean": images, "labels": labels}
         for label, stage in networks.items():
             network, _ = shop.network(stage)
-            found = find_adversarial(
-                Target(network), _PGD20, images, labels, shop.threat_model, seed=shop.recipe.seed, indices=chosen
-            )
+            found = find_adversarial(Target(network), _PGD20, images, labels, shop.threat_model, seed=shop.recipe.seed)
             tensors[f"{label}/adversarial"] = found.adversarial
             tensors[f"{label}/clean_answer"] = predict(network, images).argmax(1)
             tensors[f"{label}/adversarial_answer"] = predict(network, found.adversarial).argmax(1)
         write_atomic(folder / "gallery.safetensors", save({name: part.contiguous() for name, part in tensors.items()}))
 
-    spec = [list(networks), shop.recipe.threat_model, shop.recipe.seed]
+    spec = [list(networks), shop.recipe.threat_model, shop.recipe.seed, _SEARCH]
     shown = list(networks.values())
     return shop.declare("gallery", "adversarial examples", spec, shown, build, reads="evaluated", seconds=1.0)
 

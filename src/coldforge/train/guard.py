@@ -74,18 +74,19 @@ def refuse_collapse(
     same = share > 0.95 and expected < 0.9
     if same and not slow_start:
         raise SameAnswer(f"{share:.0%} of the validation images get the same answer after epoch {now.epoch}")
-    if inner is None or len(curve) < 2:
+    if inner is None:
         return same
     weak = inner.steps <= WEAK_STEPS
     alike = [point for point in curve if point.eps <= now.eps]  # eps falls where it rises anew
     if spec.bits_ramp:  # which ends within, or after, the epoch of this number
         ends = math.ceil(spec.bits_ramp * spec.epochs)
         alike = [point for point in alike if point.epoch >= ends]
-    best = max((point.robust_accuracy for point in alike), default=0.0)
+    best = max((point.robust_accuracy for point in alike), default=0.0)  # of this epoch, if it is the first
     if best > 0.2 and now.robust_accuracy < best / 2:
         fell = f"PGD accuracy fell from {best:.0%} to {now.robust_accuracy:.0%} in epoch {now.epoch}"
         raise Overfitting(f"catastrophic overfitting: {fell}") if weak else Collapse(fell)
-    confidence = math.exp(-now.loss)  # geometric mean of the probability of the true class, under the inner attack
+    least = smoothed_entropy(spec.label_smoothing, len(validation.classes))
+    confidence = math.exp(least - now.loss)  # geometric mean of the probability of the true class, under the attack
     at_full_eps = now.epoch - 1 >= spec.eps_ramp * spec.epochs * (1 - 1e-6)  # from its first step on
     trusted = spec.objective == "adversarial"  # only there the loss is that of the true class
     if trusted and at_full_eps and weak and confidence > now.robust_accuracy + 0.2:
@@ -94,3 +95,13 @@ def refuse_collapse(
             f"PGD accuracy is {now.robust_accuracy:.0%} after epoch {now.epoch}"
         )
     return same
+
+
+def smoothed_entropy(smoothing: float, classes: int) -> float:
+    """The least that cross-entropy with smoothed labels can be: their entropy.
+
+    >>> smoothed_entropy(0.0, 10), round(smoothed_entropy(0.1, 10), 3)
+    (0.0, 0.5)
+    """
+    chances = [1 - smoothing + smoothing / classes, *[smoothing / classes] * (classes - 1)]
+    return -sum(chance * math.log(chance) for chance in chances if chance)

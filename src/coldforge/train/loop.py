@@ -216,8 +216,8 @@ class _Attempt:
         with rectified(self._network):
             state = self._run()
         self._network.load_state_dict(state.best)
-        chose = self._spec.keep == "best" or self._spec.ema
-        notes = (*state.notes, f"kept {state.chosen}, the best on the validation part") if chose else state.notes
+        which = {"best": "the best"}.get(self._spec.keep, "the better of weights and average" if self._spec.ema else "")
+        notes = (*state.notes, f"kept {state.chosen}, {which} on the validation part") if which else state.notes
         return TrainResult(copy.deepcopy(self._network).eval(), state.curve, self.seconds, self.macs, notes)
 
     def _run(self) -> TrainState:

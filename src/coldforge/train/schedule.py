@@ -36,8 +36,10 @@ def bits_now(step: int, total: int, *, final: int, ramp: float, first: int = 8) 
 
     >>> [bits_now(step, 10, final=4, ramp=0.5) for step in range(6)]
     [8, 8, 7, 6, 5, 4]
+    >>> bits_now(9, 10, final=2, ramp=0.99)  # the last step is that of the network that is kept
+    2
     """
     position = step / total
-    if final >= first or position >= ramp:
+    if final >= first or position >= ramp or step + 1 >= total:
         return final
     return first - int((first - final) * position / ramp)

@@ -50,8 +50,8 @@ def perturbed(network: nn.Module, gamma: float, world: World) -> Iterator[None]:
     processes of ``world``. The gradients are used up.
 
     Adversarial weight perturbation: Wu, Xia, Wang, NeurIPS 2020 (arXiv 2004.05884), eq. 10. Where weights are
-    quantized, the rounded weights are moved, not those behind the rounding, which could swallow the move or multiply
-    it; their steps stay.
+    quantized, the rounded weights are moved, by a part of their own norm, not those behind the rounding, which could
+    swallow the move or multiply it; their steps stay.
     Pruned channels are not there, so nothing can grow back.
     """
     layers = [module for module in network.modules() if isinstance(module, QuantizedLayer)]
@@ -63,7 +63,8 @@ def perturbed(network: nn.Module, gamma: float, world: World) -> Iterator[None]:
     try:
         with torch.no_grad():
             for weight, gradient in graded:
-                length = gamma * weight.norm() / gradient.norm().clamp_min(1e-12)
+                computes = ours[id(weight)].quantized_weight() if id(weight) in ours else weight
+                length = gamma * computes.norm() / gradient.norm().clamp_min(1e-12)
                 offset = gradient * length
                 if id(weight) in ours:
                     ours[id(weight)].offset = offset
