@@ -27,6 +27,7 @@ import torch
 from peers import ATTACKS, NETWORKS, NOTES, OFFERS, Task, compare, load_task, version
 from torch import Tensor
 
+from coldforge.attacks import parse_attack
 from coldforge.evaluate import paired_interval
 from coldforge.provenance import physical_cores, provenance
 from coldforge.sealed import write_atomic
@@ -114,6 +115,17 @@ def is_same(result: Result, network: str, attack: str, who: str, seed: int, n: i
     return same == (network, attack, who, seed, n) and weights in ("", result["weights"])
 
 
+def is_of_today(result: Result) -> bool:
+    """Whether a result of ours is of the attack as it is now: versions go up where an attack may find other points."""
+    return result["who"] != "ours" or result.get("settings") == settings(result["attack"])
+
+
+def settings(attack: str) -> dict[str, Any]:
+    """All that defines an attack of ours, as plain values."""
+    found: dict[str, Any] = json.loads(json.dumps(parse_attack(attack).describe()))
+    return found
+
+
 def run(task: Task, attack: str, who: str, seed: int, reference: str, *, mixed: bool = False) -> Result:
     """One result as it is stored."""
     ours = who == "ours"  # as it is run by coldforge; the others get the same function, quicker
@@ -128,6 +140,7 @@ def run(task: Task, attack: str, who: str, seed: int, reference: str, *, mixed: 
         "attack": attack,
         "who": who,
         "version": version(who, reference),
+        **({"settings": settings(attack)} if ours else {}),
         "seed": seed,
         "n": n,
         "robust_accuracy": int((task.right & ~found.fooled).sum()) / n,
@@ -276,7 +289,7 @@ def main() -> None:
             tasks[network] = load_task(network, arguments.n)
         task = tasks[network]
         job = network, attack, who, seed, arguments.n
-        present = [result for result in record["results"] if is_same(result, *job, task.digest)]
+        present = [old for old in record["results"] if is_same(old, *job, task.digest) and is_of_today(old)]
         name = f"{network:18} {attack:10} {who:12} seed {seed}"
         if present and not arguments.again:
             print(f"{name}  {100 * present[0]['robust_accuracy']:5.1f} %  (there already)", flush=True)

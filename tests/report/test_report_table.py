@@ -156,15 +156,15 @@ def test_literal_threat_model_is_said(make_record: Make) -> None:
 
 def test_headline_of_the_full_record(make_record: Make) -> None:
     assert headline(make_record()) == (
-        "The artifact keeps 84.5 % clean accuracy (baseline 92.0 %), holds 75.0 % in the worst case of all attacks "
-        "(baseline 0.3 %), and is 13.7 times smaller and 12.7 times faster than the dense network in eager PyTorch "
+        "The artifact has 84.5 % clean accuracy (baseline 92.0 %: −7.5 points), holds 75.0 % in the worst case of all "
+        "attacks (baseline 0.3 %), and is 13.7 times smaller and 12.7 times faster than the dense network in eager PyTorch "
         "(4.0 times faster with both in ONNX Runtime), at batch 64."
     )
 
 
 def test_headline_without_artifact_or_attack(make_record: Make, minimal_record: Record) -> None:
     text = headline(make_record(artifact=False))
-    assert text.startswith("No artifact was exported. The adversarially tuned network keeps 84.5 %")
+    assert text.startswith("No artifact was exported. The adversarially tuned network has 84.5 %")
     assert headline(minimal_record) == "The baseline network has 50.0 % clean accuracy; no attack was run."
     bare = changed(make_record(), "artifact", robust_accuracy={}, robust_n={}, robust_ci95={})
     assert "was not attacked, so that its robustness is unknown" in headline(bare)
@@ -182,7 +182,7 @@ def test_headline_is_honest_where_the_artifact_is_not_better(make_record: Make) 
         robust_ci95={"pgd-20": (0.003, 0.0055), "worst_case": (0.003, 0.0055)},
     )
     text = headline(worse)
-    assert "falls to 10.0 % clean accuracy (baseline 92.0 %)" in text
+    assert "falls to 10.0 % clean accuracy (baseline 92.0 %: −82.0 points)" in text
     assert "no measurable gain over the baseline's 0.3 %" in text
     assert "2.0 times larger and 2.0 times slower than the dense network" in text
     assert "6.3 times slower with both in ONNX Runtime" in text

@@ -47,7 +47,7 @@ class NetworkRequest:
     model: str | None = None
     """architecture of a checkpoint: package.module:factory, zoo:NAME, timm:NAME or torchvision:NAME."""
     mean: str | None = None
-    """mean that a checkpoint or .onnx file wants taken from pixels in [0, 1]: one, or one a channel; 0 (--std 1): none."""
+    """mean that a checkpoint or .onnx file wants taken from pixels in [0, 1]: one, or one a channel; 0, std 1: none."""
     std: str | None = None
     """the same for the standard deviation."""
     key_prefix: str = ""
