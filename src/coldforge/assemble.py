@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from coldforge._version import __version__
-from coldforge.attacks import parse_attack
+from coldforge.attacks import as_parts, parse_attack
 from coldforge.errors import StoreError, UsageError
-from coldforge.evaluate import BACKWARDS
+from coldforge.evaluate import BACKWARDS, TRANSFER, TRANSFER_ATTACK
 from coldforge.models import channels_last
 from coldforge.provenance import provenance
 from coldforge.recipe import to_toml
@@ -36,6 +36,9 @@ from coldforge.stages import ONNX_FILE, Arrow, Shop, Stage, joined_outcomes
 
 UNFINISHED = ".unfinished"
 """In the folder of a run until it is finished."""
+
+UNASKED = "no attack searched on the file itself (evaluate.attacks holds no square): its worst case is without one"
+"""Of an artifact that was only shown what attacks with gradients found elsewhere."""
 
 LABELS: dict[str, tuple[StageName, str]] = {
     "baseline": ("baseline", "baseline"),
@@ -68,7 +71,8 @@ def record(shop: Shop, made: Arrow, command: str = "") -> Record:
         attacks={
             name: parse_attack(name).describe() | {"gradients_of_quantized_networks": list(BACKWARDS)}
             for name in recipe.evaluate.attacks
-        },
+        }
+        | ({TRANSFER: parse_attack(TRANSFER_ATTACK).describe()} if recipe.quantize.enabled else {}),
         artifact_sha256=shop.result(file)["sha256"],
         integer_kernels=shop.result(made.evidence["agree"])["integer_kernels"],
         parent_size_bytes=shop.result(made.files["parent"])["size_bytes"],
@@ -108,6 +112,9 @@ def _row(shop: Shop, made: Arrow, row: str) -> StageRecord:
     if row == "artifact":
         found = shop.result(made.evidence["agree"])
         agreed = AgreementRecord(clean=found["clean"], adversarial=found["adversarial"])
+        attacks = [part for name in shop.recipe.evaluate.attacks for part in as_parts(parse_attack(name))]
+        if all(attack.uses_gradients for attack in attacks):
+            notes.append(UNASKED)
         notes += _warnings(cost, found, reduced=shop.recipe.deploy.reduce_range)
     robustness = shop.result(made.evidence[f"evaluate: {row}"])
     checked = made.evidence.get(f"masking: {row}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import ClassVar
 
@@ -152,6 +153,108 @@ def test_equals_its_slow_twin(task: tuple[nn.Module, Tensor, Tensor]) -> None:
         step, accepted = slow_square(model, images[which], int(labels[which]), key, 60, wide.eps)
         assert int(found.step[row]) == step
         assert float(found.margin[row]) == accepted[-1]
+    assert (found.step > 0).any()
+    assert (found.step < 0).any()
+
+
+@functools.cache
+def slow_patch(side: int, turned: bool) -> Tensor:
+    """Equation 2: two pyramids of opposite signs, one below the other or side by side; float64 of unit norm."""
+
+    def pyramid(rows: int, columns: int) -> Tensor:
+        heights = torch.zeros(rows, columns, dtype=torch.float64)
+        for i in range(rows):
+            for j in range(columns):
+                ring = max(abs(i - rows // 2), abs(j - columns // 2))
+                heights[i, j] = sum(1 / (k + 1) ** 2 for k in range(ring, max(rows, columns) // 2 + 1))
+        return heights / heights.norm()
+
+    if side == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
+    upper = side // 2
+    patch = torch.cat([pyramid(upper, side), -pyramid(side - upper, side)]) / math.sqrt(2)
+    return patch.t() if turned else patch
+
+
+def slow_square_l2(
+    model: nn.Module, image: Tensor, label: int, key: int, attack: Square, eps: float
+) -> tuple[int, list[float]]:
+    """Algorithms 1 and 3 of arXiv 1912.00049 for one image, in float64: first success or -1, margins accepted."""
+    image = image.double()
+    channels, height, width = image.shape
+
+    def draw(counter: int, count: int) -> list[float]:
+        return uniforms(torch.tensor([key]), torch.tensor([counter]), count)[0].tolist()
+
+    def on_the_sphere(delta: Tensor) -> Tensor:
+        return (image + eps * delta / delta.norm()).clamp(0, 1)
+
+    def margin_of(point: Tensor) -> float:
+        return float(margins(predict(model, point[None].float()), torch.tensor([label])))
+
+    side = max(min(height, width) // 5, 1)
+    down, right = height // side, width // side
+    delta = torch.zeros_like(image)
+    uniform = iter(draw(-1, down * right * (channels + 1)))
+    for i in range((height - down * side) // 2, height - side + 1, side):
+        for j in range((width - right * side) // 2, width - side + 1, side):
+            patch = slow_patch(side, next(uniform) > 0.5)
+            for c in range(channels):
+                delta[c, i : i + side, j : j + side] = -patch if next(uniform) < 0.5 else patch
+    best = on_the_sphere(delta)
+    margin = margin_of(best)
+    accepted = [margin]
+    for step in range(attack.steps):
+        if margin < 0:
+            return step, accepted
+        side = max(round(math.sqrt(published_part(step) * attack.p_init / 0.8 * height * width)), 3)
+        side = min(side + 1 - side % 2, height, width)
+        *corners, turned = draw(step, 5)
+        rows, columns = (
+            [slice(top := int(u * (length - side + 1)), top + side) for u in corners[first::2]]
+            for first, length in ((0, height), (1, width))
+        )  # of the window that gets a patch, and of the one that gives its norm
+        delta = best - image
+        left = max(eps**2 - float(delta.square().sum()), 0.0) / channels
+        tried = delta.clone()
+        tried[:, rows[1], columns[1]] = 0
+        for c, uniform_c in enumerate(draw(step, 5 + channels)[5:]):
+            either = delta[c].clone()
+            either[rows[0], columns[0]] = either[rows[1], columns[1]] = 0
+            given = float(delta[c].square().sum() - either.square().sum())
+            old = delta[c, rows[0], columns[0]]
+            new = old / (old.norm() + 1e-12) + slow_patch(side, turned > 0.5) * (-1 if uniform_c < 0.5 else 1)
+            tried[c, rows[0], columns[0]] = new / (new.norm() + 1e-12) * math.sqrt(given + left)
+        point = on_the_sphere(tried)
+        if (found := margin_of(point)) < margin:
+            best, margin = point, found
+            accepted.append(margin)
+    return attack.steps if margin < 0 else -1, accepted
+
+
+@pytest.mark.parametrize(
+    ("shape", "eps", "p_init"), [((1, 8, 8), 2.5, 0.8), ((3, 9, 7), 0.9, 0.02), ((2, 4, 10), 0.8, 0.8)]
+)
+def test_equals_its_slow_twin_in_l2(
+    task: tuple[nn.Module, Tensor, Tensor], shape: tuple[int, int, int], eps: float, p_init: float
+) -> None:
+    """The trained network; oblong images of several channels, with the smallest squares, and with even ones."""
+    model, images, labels = task
+    if shape[0] > 1:
+        model = nn.Sequential(nn.Conv2d(shape[0], 6, 3, padding=1), nn.ReLU(), nn.Flatten())
+        model = model.append(nn.Linear(6 * shape[1] * shape[2], 4)).eval()
+        images = torch.rand(12, *shape, generator=torch.Generator().manual_seed(2))
+        labels = predict(model, images).argmax(1)
+    attack, ball = Square(steps=55, p_init=p_init), ThreatModel("l2", eps)
+    rows = (predict(model, images).argmax(1) == labels).nonzero()[:10, 0]
+    found = attack(model, images[rows], labels[rows], ball, indices=rows)
+    same = 0
+    for row, which in enumerate(rows.tolist()):
+        key = seed_of(0, attack.name, which, 0)
+        step, accepted = slow_square_l2(model, images[which], int(labels[which]), key, attack, eps)
+        assert accepted == sorted(accepted, reverse=True)
+        same += int(found.step[row]) == step and float(found.margin[row]) == pytest.approx(accepted[-1], abs=1e-3)
+    assert same >= len(rows) - 1  # of two margins that are equal but for rounding, either may be the smaller one
     assert (found.step > 0).any()
     assert (found.step < 0).any()
 

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from coldforge.assemble import UNASKED
 from coldforge.compress import QuantizedLayer, load_network
 from coldforge.data import load_data
 from coldforge.errors import RecipeError
@@ -103,7 +104,7 @@ def test_threat_model_and_provenance(made, splits):
     assert origin["data"] == {
         "name": "patterns test", "fingerprint": splits.fingerprint, "train": 200, "validation": 40, "test": 60,
     }  # fmt: skip
-    assert set(origin["attacks"]) == {"fgsm", "pgd-5"}
+    assert set(origin["attacks"]) == {"fgsm", "pgd-5", "transfer"}
     pgd = origin["attacks"]["pgd-5"]
     assert (pgd["steps"], pgd["restarts"], pgd["rel_step"], pgd["random_start"]) == (5, 1, 0.5, True)
     assert pgd["gradients_of_quantized_networks"] == list(BACKWARDS)
@@ -203,7 +204,7 @@ def test_the_file_answers_like_its_twin(made):
     assert artifact.agreement.clean >= 0.995
     assert artifact.agreement.adversarial >= 0.995
     assert all(stage.agreement is None for stage in made.record.stages[:-1])
-    assert artifact.notes == ()
+    assert artifact.notes == (UNASKED,)
 
 
 # --- the folder
@@ -386,10 +387,12 @@ def test_not_tuned_at_all(copied, recipe, forge_again, tmp_path):
 def test_four_bits_say_that_they_are_not_faster(copied, recipe, forge_again, tmp_path):
     changes = {
         "finetune.arms": ["none"], "deploy.arm": "none", "quantize.weight_bits": 4, "quantize.activation_bits": 4,
+        "evaluate.attacks": ["fgsm", "square-10"],
     }  # fmt: skip
     other = forge_again(recipe(changes), copied, tmp_path / "out")
     compressed, artifact = other.record.stages[1:]
     assert "quantize to 4/4 bits" in other.spy.built
+    assert UNASKED not in artifact.notes, "square asked it"
     assert (artifact.weight_bits, artifact.activation_bits) == (4, 4)
     assert compressed.packed_bytes == artifact.packed_bytes
     assert artifact.notes[-1] == "bits below 8 are stored as clipped 8-bit values: no speed is claimed for them"
@@ -409,7 +412,7 @@ def test_without_quantization_the_file_is_float(copied, recipe, forge_again, tmp
     artifact = other.record.stages[-1]
     assert (artifact.weight_bits, artifact.activation_bits) == (32, 32)
     assert artifact.agreement.clean >= 0.995
-    assert artifact.notes == ()
+    assert artifact.notes == (UNASKED,)
 
 
 def test_the_natural_arm_is_the_one_of_both_arms(copied, recipe, forge_again, made, tmp_path):

@@ -157,8 +157,8 @@ def test_literal_threat_model_is_said(make_record: Make) -> None:
 def test_headline_of_the_full_record(make_record: Make) -> None:
     assert headline(make_record()) == (
         "The artifact has 84.5 % clean accuracy (baseline 92.0 %: −7.5 points), holds 75.0 % in the worst case of all "
-        "attacks (baseline 0.3 %), and is 13.7 times smaller and 12.7 times faster than the dense network in eager PyTorch "
-        "(4.0 times faster with both in ONNX Runtime), at batch 64."
+        "attacks (baseline 0.3 %), and is 13.7 times smaller and 12.7 times faster than the dense network in eager "
+        "PyTorch (4.0 times faster with both in ONNX Runtime), at batch 64."
     )
 
 

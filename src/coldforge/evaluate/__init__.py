@@ -5,11 +5,12 @@ from coldforge.evaluate.ledger import WORST_CASE, Ledger, Robustness, summarize
 from coldforge.evaluate.masking import masking_panel
 from coldforge.evaluate.robustness import evaluate, find_adversarial
 from coldforge.evaluate.statistics import chance_doubt, mcnemar, paired_interval, wilson_interval
-from coldforge.evaluate.target import BACKWARDS, TRANSFER, Deployed, Target
+from coldforge.evaluate.target import BACKWARDS, TRANSFER, TRANSFER_ATTACK, Deployed, Target
 
 __all__ = [
     "BACKWARDS",
     "TRANSFER",
+    "TRANSFER_ATTACK",
     "WORST_CASE",
     "Deployed",
     "Ledger",

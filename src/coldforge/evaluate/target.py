@@ -20,14 +20,15 @@ from coldforge.evaluate.fast import Precision, fast_copy
 BACKWARDS: tuple[Backward, ...] = ("pass_through", "clipped")
 """How attacks take gradients of a quantized network: every image that stands after the first is tried with the second.
 
-Where activations are clipped, "clipped" (the plain straight-through estimator) sees a gradient of 0, and "pass_through"
-(BPDA) one that the forward pass does not have. The latter alone can be blind: a network trained under it keeps 61 % under
-it and 6 % under the other, which alone came within 0.3 points of both there (docs/architecture.md).
+Where activations are clipped, "clipped" (the plain straight-through estimator) sees a gradient of 0, and
+"pass_through" (BPDA) one that the forward pass does not have. The latter alone can be blind: a network trained under it
+keeps 61 % under it and 6 % under the other, which alone came within 0.3 points of both there (docs/architecture.md).
 """
 
 TRANSFER = "transfer"
 """Name in the ledger of the images found on other networks."""
-_TRANSFER_ATTACK = "pgd-20"
+TRANSFER_ATTACK = "pgd-20"
+"""With which they are found."""
 _SAME_ANSWERS = 0.95
 """A fast copy that answers fewer images like the network is no copy, and is not used."""
 _NOISE = 4.0
@@ -136,7 +137,7 @@ class Ways:
     def transfer(self) -> tuple[Attack, list[Way]]:
         """The attack on other networks that is tried on this one: its float twin, if it is quantized; surrogates."""
         target = self._target
-        attack = parse_attack(_TRANSFER_ATTACK)
+        attack = parse_attack(TRANSFER_ATTACK)
         assert isinstance(attack, Attack)
         if target.network is None:
             return attack, []  # every attack with gradients is one of transfer already

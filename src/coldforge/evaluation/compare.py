@@ -147,7 +147,7 @@ def _notes(sides: tuple[_Side, _Side]) -> list[str]:
             notes.append(f"the robust accuracies of {side.name} are {said}")
         if side.unfinished:
             notes.append(f"{side.name} is bounded by its budget: images that were not finished count as robust")
-    for name in sides[0].attacks.keys() & sides[1].attacks.keys():
+    for name in sorted(sides[0].attacks.keys() & sides[1].attacks.keys()):
         if _settings(sides[0].attacks[name]) != _settings(sides[1].attacks[name]):
             notes.append(f"{name} had other settings, or another version, in one of them")
     return notes

@@ -11,10 +11,12 @@ import torch
 
 from coldforge._version import __version__
 from coldforge.assemble import check_writable
-from coldforge.attacks import TILE, WITH_GRADIENT, Classifier, as_parts, predict
+from coldforge.attacks import TILE, WITH_GRADIENT, Classifier, as_parts, parse_attack, predict
 from coldforge.data import ImageSet
 from coldforge.errors import StoreError, UsageError
 from coldforge.evaluate import (
+    TRANSFER,
+    TRANSFER_ATTACK,
     WORST_CASE,
     Ledger,
     Precision,
@@ -136,9 +138,14 @@ def _record(
         budget_s=request.budget_s,
         seconds=seconds,
         masking=masking,
-        attacks={attack.name: attack.describe() for attack in subject.attacks},
+        attacks=_described(subject, ledger),
         notes=(*subject.notes, doubt) if doubt else subject.notes,
     )
+
+
+def _described(subject: Subject, ledger: Ledger) -> dict[str, dict[str, Any]]:
+    attacks = {attack.name: attack.describe() for attack in subject.attacks}
+    return attacks | ({TRANSFER: parse_attack(TRANSFER_ATTACK).describe()} if TRANSFER in ledger.fooled else {})
 
 
 def _attacked(ledger: Ledger) -> AttackedRecord:

@@ -27,7 +27,7 @@ from coldforge.store import Store
 from coldforge.store import key as stage_key
 from coldforge.train import Team
 
-VERSION = 3
+VERSION = 4
 """Raise it when the code of a stage, training and its rescue from collapse included, gives other results: old entries
 of the store are then not found any more."""
 
