@@ -66,6 +66,7 @@ class Goal:
 REFERENCE = "R: dense, PGD-7, 15 epochs"
 GOALS = (
     Goal("half, 8 bits, 3 epochs", REFERENCE, 1.0),
+    Goal("half, 8 bits, 3 epochs, taught by the hardened network", REFERENCE, 1.0),
     Goal("quarter, 8 bits, 3 epochs", REFERENCE, 4.0),
     Goal("half, 4 bits, 3 epochs", "half, 8 bits, 3 epochs", 0.5),
     Goal("half, 2-bit weights, 4-bit activations, 5 epochs", "half, 8 bits, 5 epochs", 2.0),
@@ -73,8 +74,8 @@ GOALS = (
     Goal("half, 1-bit weights, 4-bit activations, 10 epochs", "half, 8 bits, 10 epochs", 8.0),
     Goal("quarter, 4 bits, 5 epochs", REFERENCE, 5.0),
 )
-CHEAP = ("half, 8 bits, 3 epochs", 0.1)
-"""A row, and at most what part of the reference's multiply-adds its training may take."""
+CHEAP, SHARE = GOALS[:2], 0.1
+"""Rows whose training may take so small a part of the reference's multiply-adds at most."""
 
 
 # --- attacking -------------------------------------------------------------------------------------------------------
@@ -283,14 +284,13 @@ def _verdicts(rows: dict[str, list[Found]]) -> Iterator[str]:
             f"| {goal.row} | {goal.against} | ≥ −{goal.points:g} | {mean:+.1f} [{low:+.1f}, {high:+.1f}] "
             f"| {seeds} | {met} |"
         )
-    name, share = CHEAP
-    if name in rows and REFERENCE in rows:
+    for name in [goal.row for goal in CHEAP if goal.row in rows and REFERENCE in rows]:
         spent = statistics.fmean(found["train_macs"] for found in rows[name])
         whole = statistics.fmean(found["train_macs"] for found in rows[REFERENCE])
         yield ""
         yield (
             f"Training of “{name}”: {100 * spent / whole:.1f} % of the reference's multiply-adds "
-            f"(goal: at most {100 * share:.0f} %); the natural training of the dense network, which a user brings, is "
+            f"(goal: at most {100 * SHARE:.0f} %); the natural training of the dense network, which a user brings, is "
             "not in it."
         )
 

@@ -238,10 +238,6 @@ def test_pitfall_28_a_network_without_gradients_is_refused_and_not_called_robust
     assert 10 < int((ledger.fooled[square.name] & ledger.right).sum()) < 40
 
 
-@pytest.mark.xfail(
-    reason="query() raises torch's RuntimeError, and fast copies hand out gradients of 0 instead",
-    raises=(RuntimeError, pytest.fail.Exception),
-)
 @pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("precision", ["exact", "fp32", "bf16"])
 def test_pitfall_28_a_network_whose_last_layer_is_int8_is_refused_too(task: Task, precision: Precision) -> None:

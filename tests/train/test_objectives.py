@@ -100,7 +100,7 @@ def test_targets_mix_label_teacher_and_smoothing(splits):
 def test_robust_objectives_make_robust(objective, kind, build, splits, threat):
     teacher = train(build("float"), splits, spec_of("adversarial", epochs=6, batch_size=8), threat).model
     natural = train(build(kind), splits, spec_of("natural", epochs=5, batch_size=8), threat).model
-    result = train(build(kind), splits, spec_of(objective, epochs=6, batch_size=8), threat, teacher=teacher)
+    result = train(build(kind), splits, spec_of(objective, epochs=10, batch_size=8), threat, teacher=teacher)
     assert robust(result.model, splits.test, threat) > 0.75
     assert robust(result.model, splits.test, threat) >= robust(natural, splits.test, threat)
 

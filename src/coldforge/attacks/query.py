@@ -121,10 +121,12 @@ def query(
     with torch.enable_grad():
         inputs = points.detach().requires_grad_()
         logits = model(inputs)
-        if not logits.requires_grad:
+        gradient = None
+        if logits.requires_grad:  # by the pixels, or only by something else
+            (gradient,) = torch.autograd.grad(logits, inputs, direction(logits.detach()), allow_unused=True)
+        if gradient is None:
             raise AttackError(
                 "expected logits that depend on the pixels by differentiable operations, found none; take an attack "
                 "that only asks for answers, such as square"
             )
-        (gradient,) = torch.autograd.grad(logits, inputs, direction(logits.detach()))
     return logits.detach().float(), gradient

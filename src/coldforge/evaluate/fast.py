@@ -96,11 +96,14 @@ class _Convolution(torch.autograd.Function):
             result = F.conv2d(x, weight, bias, how.stride, how.padding, how.dilation, how.groups)
         ctx.save_for_backward(x, weight, result if rectified else None)
         ctx.how, ctx.given = how, given
+        ctx.set_materialize_grads(False)  # no gradient is not one of zeros: it must be refused
         return result
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (grad,), (x, weight, result), how = grads, ctx.saved_tensors, ctx.how
+        if grad is None:
+            return None, None, None, None, None
         if result is not None:
             grad = torch.ops.aten.threshold_backward(grad, result, 0)
         if how.reads_one_channel:

@@ -56,8 +56,12 @@ def gradient_of(network: nn.Module, points: Tensor, labels: Tensor, *, loss: str
 def is_differentiable(network: nn.Module, images: Tensor) -> bool:
     """Whether logits depend on pixels in a way that autograd knows."""
     with torch.enable_grad():
-        logits = network(images[:1].detach().requires_grad_())
-    return bool(logits.requires_grad)
+        inputs = images[:1].detach().requires_grad_()
+        logits = network(inputs)
+        if not logits.requires_grad:
+            return False
+        (gradient,) = torch.autograd.grad(logits.sum(), inputs, allow_unused=True)
+    return gradient is not None
 
 
 def gradient_checks(
