@@ -124,6 +124,7 @@ COMMANDS = [
     "doctor",
     "sweep",
     "pick",
+    "compare",
 ]
 
 
