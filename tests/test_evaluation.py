@@ -114,10 +114,8 @@ def write_run(folder: Path, network: nn.Module, data: DataSplits) -> None:
     spec = QuantizeSpec()
     twin = quantize(network, spec, data.train.pixels(slice(0, 128)))
     (folder / "model").mkdir(parents=True)
-    structure = Structure(
-        source=FACTORY, image_shape=data.image_shape, classes=data.classes, mean=MEAN, std=STD, quantization=spec
-    )
-    save_network(folder / "model", twin, structure)
+    structure = Structure(source=FACTORY, image_shape=data.image_shape, classes=data.classes, mean=MEAN, std=STD)
+    save_network(folder / "model", twin, structure.rounded(spec))
     export_onnx(twin, folder / "model.onnx", image_shape=data.image_shape, classes=data.classes)
     (folder / "recipe.toml").write_text(to_toml(Recipe(**SETTINGS)))
     stage = {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from coldforge.compress.checkpoint import STRUCTURE, WEIGHTS, Structure, build, load_network, save_network
+from coldforge.compress.fakequant import ActivationQuantizer
 from coldforge.compress.prune import prune
 from coldforge.compress.quantize import quantize
 from coldforge.errors import ModelError
@@ -53,7 +54,7 @@ def forge(start: Structure, kind: str, source: ModelSource | None = None) -> tup
     if "quantized" in kind:
         spec = QuantizeSpec(weight_bits=4, activation_bits=6)
         network = quantize(network, spec, some_images(start.image_shape, 4))
-        structure = structure.model_copy(update={"quantization": spec})
+        structure = structure.rounded(spec)
         with torch.no_grad():  # a trained step is not the calibrated one
             for name, parameter in network.named_parameters():
                 if "step" in name and parameter.requires_grad:
@@ -201,6 +202,20 @@ def test_a_missing_file_is_named(saved: Callable[[], Path], name: str) -> None:
         load_network(folder)
     with pytest.raises(ModelError, match=r"expected a coldforge checkpoint in .*nowhere, found no structure\.json"):
         load_network(folder / "nowhere")
+
+
+def test_a_checkpoint_from_before_the_last_input_was_at_the_edge_has_its_bits(saved: Callable[[], Path]) -> None:
+    folder = saved()
+    description = json.loads((folder / STRUCTURE).read_text())
+    assert description.pop("last_input_at_edge") is True
+    bits = {}
+    for age in ("today", "before"):
+        if age == "before":
+            (folder / STRUCTURE).write_text(json.dumps(description))
+        network, structure = load_network(folder)
+        assert structure.last_input_at_edge == (age == "today")
+        bits[age] = [part.bits for part in network.modules() if isinstance(part, ActivationQuantizer)]
+    assert bits == {"today": [8, *[6] * (len(bits["today"]) - 2), 8], "before": [8, *[6] * (len(bits["today"]) - 1)]}
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100, 5000, -1])

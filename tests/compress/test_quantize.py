@@ -239,12 +239,16 @@ def test_a_network_without_normalization_rounds_its_input(build: Build) -> None:
 def test_first_and_last_layer_and_the_image_keep_edge_bits(make: Build) -> None:
     network = insert_quantizers(make("plain"), spec(2, activation_bits=4, edge_bits=8))
     assert [layer.bits for layer in layers(network).values()] == [8, 2, 2, 8]
-    assert [part.bits for part in quantizers(network).values()] == [8, 4, 4, 4]
+    assert [part.bits for part in quantizers(network).values()] == [8, 4, 4, 8]
+    older = insert_quantizers(make("plain"), spec(2, activation_bits=4, edge_bits=8), last_input_at_edge=False)
+    assert [part.bits for part in quantizers(older).values()] == [8, 4, 4, 4]
     network = insert_quantizers(make("plain"), spec(16, edge_bits=8))
     assert [layer.bits for layer in layers(network).values()] == [16] * 4
     # a fixed shortcut is no edge
     network = insert_quantizers(normalized(resnet20(), MEAN, STD), spec(2, edge_bits=6))
     assert [name for name, layer in layers(network).items() if layer.bits == 6] == ["network.conv1", "network.linear"]
+    assert [layer.input_quantizer.bits for layer in layers(network).values()][-1] == 6  # past the pooling
+    assert [part.bits for part in quantizers(network).values()].count(6) == 2
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

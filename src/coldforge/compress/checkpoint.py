@@ -43,6 +43,13 @@ class Structure(Spec):
     """Channels removed; None: dense."""
     quantization: QuantizeSpec | None = None
     """Quantizers inserted; None: floating point."""
+    last_input_at_edge: bool = False
+    """What the last layer reads has ``quantization.edge_bits``, too; False in checkpoints from before that was so."""
+
+    def rounded(self, spec: QuantizeSpec) -> Structure:
+        """The description after :func:`coldforge.compress.quantize` with that spec."""
+        changes = {"quantization": spec, "last_input_at_edge": True} if spec.enabled else {"quantization": None}
+        return self.model_copy(update=changes)
 
 
 def build(structure: Structure, source: ModelSource | None = None, *, seed: int = 0) -> nn.Module:
@@ -60,7 +67,11 @@ def build(structure: Structure, source: ModelSource | None = None, *, seed: int 
         network = replay(network, structure.pruning, image_shape=structure.image_shape)
     if structure.quantization is not None:
         # the weights to come bring their own steps: no search for good ones
-        network = insert_quantizers(network, structure.quantization.model_copy(update={"calibration": "minmax"}))
+        network = insert_quantizers(
+            network,
+            structure.quantization.model_copy(update={"calibration": "minmax"}),
+            last_input_at_edge=structure.last_input_at_edge,
+        )
     return network.eval()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -66,21 +66,33 @@ def quantize(
     return quantized
 
 
-def insert_quantizers(model: nn.Module, spec: QuantizeSpec, *, keep_batchnorm: bool = False) -> nn.Module:
+def insert_quantizers(
+    model: nn.Module, spec: QuantizeSpec, *, keep_batchnorm: bool = False, last_input_at_edge: bool = True
+) -> nn.Module:
     """A copy of ``model`` with BatchNorm folded and quantizers inserted, not yet calibrated.
 
     Loading a checkpoint calls this, then fills in the trained state.
+
+    Args:
+        model: as in :func:`quantize`.
+        spec: as in :func:`quantize`.
+        keep_batchnorm: as in :func:`quantize`.
+        last_input_at_edge: what the last layer reads has ``spec.edge_bits``, too, like its weights; False for
+            checkpoints from before that was so.
     """
     if not spec.enabled:
         return copy.deepcopy(model)
     network = trace(model) if keep_batchnorm else fold_batchnorm(model)
     modules = dict(network.named_modules())
+    edges = _edges(network)
+    last_input = _origin(edges[-1].all_input_nodes[0], modules) if edges and last_input_at_edge else None
     for node in list(network.graph.nodes):
         for source in _values_read(node, modules):
             if isinstance(modules.get(str(source.target)), ActivationQuantizer):
                 continue
             reads_image = _is_image(source, modules)
-            bits = max(spec.activation_bits, spec.edge_bits) if reads_image else spec.activation_bits
+            at_edge = reads_image or source is last_input
+            bits = max(spec.activation_bits, spec.edge_bits) if at_edge else spec.activation_bits
             quantizer = ActivationQuantizer(bits, reads_image=reads_image)
             quantizer.step.requires_grad_(spec.learned_steps and not reads_image)
             name = f"quantizer_{sum(isinstance(module, ActivationQuantizer) for module in modules.values())}"
@@ -90,7 +102,7 @@ def insert_quantizers(model: nn.Module, spec: QuantizeSpec, *, keep_batchnorm: b
                 rounded = network.graph.call_module(name, (source,))
             source.replace_all_uses_with(rounded)
             rounded.args = (source,)
-    _replace_layers(network, spec)
+    _replace_layers(network, spec, edges)
     round_shifts(network)
     network.graph.lint()
     network.recompile()
@@ -123,17 +135,26 @@ def _is_image(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     )
 
 
-def _replace_layers(network: fx.GraphModule, spec: QuantizeSpec) -> None:
+def _layers(network: fx.GraphModule) -> list[fx.Node]:
     modules = dict(network.named_modules())
-    layers = [
+    return [
         node
         for node in network.graph.nodes
         if node.op == "call_module" and isinstance(modules[str(node.target)], nn.Conv2d | nn.Linear)
     ]
-    trainable = [node for node in layers if modules[str(node.target)].weight.requires_grad]
-    edges = {trainable[0], trainable[-1]} if trainable else set()
+
+
+def _edges(network: fx.GraphModule) -> list[fx.Node]:
+    """The first and the last layer with weights that are trained; [] where there is none."""
+    modules = dict(network.named_modules())
+    trained = [node for node in _layers(network) if modules[str(node.target)].weight.requires_grad]
+    return [trained[0], trained[-1]] if trained else []
+
+
+def _replace_layers(network: fx.GraphModule, spec: QuantizeSpec, edges: Sequence[fx.Node]) -> None:
+    modules = dict(network.named_modules())
     done: set[str] = set()
-    for node in layers:
+    for node in _layers(network):
         name = str(node.target)
         if name in done:
             raise TraceError(

@@ -198,11 +198,13 @@ def quantize(shop: Shop, network: Stage) -> Stage:
 
     def build(folder: Path, report: Report) -> None:
         small, structure = shop.network(network)
-        quantization = spec if spec.enabled else None
-        save_network(folder, _rounded(shop, small), structure.model_copy(update={"quantization": quantization}))
+        save_network(folder, _rounded(shop, small), structure.rounded(spec))
 
     label = f"quantize to {spec.weight_bits}/{spec.activation_bits} bits" if spec.enabled else "quantize (off)"
-    return shop.declare("quantize", label, [spec, beyond] if beyond else [spec], [network], build)
+    settings = [spec, beyond] if beyond else [spec]
+    if spec.activation_bits < spec.edge_bits:
+        settings.append("last input at edge")  # it was not in older stores
+    return shop.declare("quantize", label, settings, [network], build)
 
 
 def _rounded(shop: Shop, network: nn.Module, *, keep_batchnorm: bool = False) -> nn.Module:
