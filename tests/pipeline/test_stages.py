@@ -176,6 +176,17 @@ def test_estimates_know_what_is_expensive(recipe, stages_of):
     assert plain["prune 50% of channels"].macs == 0
 
 
+def test_the_control_has_the_budget_of_the_hardening_too(recipe, stages_of):
+    label = "control: train the small network from scratch"
+    changes = {"control.train": True, "finetune.epochs": 1}
+    plain = stages_of(recipe(changes), network="zoo:cnn8")
+    hardened = stages_of(recipe(changes | HARDENED), network="zoo:cnn8")
+    cost = hardened["harden: train the dense network adversarially"].macs
+    assert cost > 2 * plain[label].macs  # an epoch of a network four times as large
+    more = hardened[label].macs - plain[label].macs
+    assert abs(more - cost) <= plain[label].macs / 2  # whole epochs
+
+
 @pytest.mark.parametrize("checkpoint", [True, False])
 def test_what_a_factory_builds_decides(checkpoint, recipe, stages_of, factory, bare, tmp_path, monkeypatch):
     changes = {"reference.train": True, "model.source": factory}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
@@ -45,6 +45,12 @@ class Structure(Spec):
     """Quantizers inserted; None: floating point."""
     last_input_at_edge: bool = False
     """What the last layer reads has ``quantization.edge_bits``, too; False in checkpoints from before that was so."""
+
+    @model_serializer(mode="wrap")
+    def _as_it_was(self, write: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """False is left out: keys of stages, and files, stay what they were."""
+        fields: dict[str, object] = write(self)
+        return fields if self.last_input_at_edge else {k: v for k, v in fields.items() if k != "last_input_at_edge"}
 
     def rounded(self, spec: QuantizeSpec) -> Structure:
         """The description after :func:`coldforge.compress.quantize` with that spec."""

@@ -309,15 +309,19 @@ def _parts(shop: Shop, arm: str) -> tuple[TrainSpec | None, TrainSpec | None]:
 def control(shop: Shop, compressed: Stage) -> Stage:
     """The same small network with fresh weights: is pruning a trained network worth anything?
 
-    Trained adversarially with the epochs and the attack of the fine-tuning, the optimizer and the learning rate of a
-    baseline, in floating point, and rounded afterwards: steps for weights that are still random mean nothing. Fair at
-    8 bits, harsh below.
+    Trained adversarially with the attack of the fine-tuning, for its epochs and as many more as the hardening's
+    multiply-adds would have paid for, with the optimizer and the learning rate of a baseline, in floating point, and
+    rounded afterwards: steps for weights that are still random mean nothing. Fair at 8 bits, harsh below.
     """
     _needs_fresh_weights(shop, "control")
     whole = shop.recipe.finetune
     tuning = {name: getattr(whole, name) for name in TrainSpec.model_fields}
     as_baseline = {name: getattr(shop.recipe.model.train, name) for name in _OPTIMIZER}
     spec = TrainSpec(**{**tuning, **as_baseline, "objective": "adversarial", "bits_ramp": 0.0})
+    if (hardening := shop.recipe.harden).train:
+        one = training_macs(shop, spec.model_copy(update={"epochs": 1}), shop.small_macs())
+        more = round(training_macs(shop, hardening, shop.dense_macs()) / one)
+        spec = spec.model_copy(update={"epochs": spec.epochs + more})
 
     def build(folder: Path, report: Report) -> None:
         _, structure = shop.network(compressed)
