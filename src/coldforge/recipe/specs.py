@@ -116,7 +116,7 @@ class QuantizeSpec(Spec):
     activation_bits: Annotated[Bits, BeforeValidator(_bits)] = 8
     """Bits of the activations."""
     edge_bits: Annotated[Bits, BeforeValidator(_bits)] = 8
-    """Least bits of the input image, of what the last layer reads, and of the weights of the first and the last layer."""
+    """Least bits of the input image, of what the last layer reads, and of the weights of the first and last layer."""
     calibration: Literal["minmax", "percentile", "mse"] = "mse"
     """How the ranges of activations are chosen before fine-tuning."""
     calibration_n: int = Field(default=512, ge=1)
