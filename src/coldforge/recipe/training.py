@@ -175,7 +175,7 @@ class ReferenceSpec(TrainSpec):
 
 
 class ControlSpec(Spec):
-    """The control: the same small network, trained adversarially from scratch with the budget of hardening and tuning."""
+    """The control: the same small network, trained adversarially from scratch with the budget of all tuning."""
 
     train: bool = False
     """Train and evaluate the control too."""
