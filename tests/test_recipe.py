@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from coldforge.errors import RecipeError
 from coldforge.recipe import Recipe, TrainSpec, load_recipe, preset_names, to_toml
-from coldforge.spec import Spec, spec_hash
+from coldforge.spec import Spec, added, spec_hash
+from coldforge.store import key
 
 
 def test_an_empty_recipe_is_valid():
@@ -148,6 +149,35 @@ def test_hash_depends_on_every_part_and_not_on_the_order_of_keys():
     assert len({spec_hash(TrainSpec()), spec_hash(TrainSpec(epochs=4)), spec_hash(TrainSpec(), 1), spec_hash("a")}) == 4
     # the same on every machine and for ever: a change here makes all stores useless
     assert spec_hash("baseline", 1, {"eps": 0.1})[:16] == "555a9325e8947306"
+
+
+class Part(Spec):
+    old: int = 1
+    """."""
+
+
+class LaterPart(Part):
+    new: float = added(1.0)
+    """."""
+
+
+class Whole(Spec):
+    part: Part | LaterPart = Part()
+    """."""
+
+
+def test_a_key_that_was_added_later_is_no_part_of_what_was_there_before():
+    assert spec_hash(LaterPart()) == spec_hash(Part())
+    assert spec_hash(LaterPart(new=2)) != spec_hash(Part())
+    assert spec_hash(Whole(part=LaterPart())) == spec_hash(Whole())  # in tables of tables, too
+    assert spec_hash(Whole(part=LaterPart(new=2))) != spec_hash(Whole())
+    assert key("stage", 1, [{"a": LaterPart()}]) == key("stage", 1, [{"a": Part()}])
+    assert LaterPart().model_dump() == {"old": 1, "new": 1.0}  # records say it
+
+
+def test_recipes_are_what_they_were():
+    """A new key that is not `added` makes every store and every sweep useless; say so in the changelog if it must."""
+    assert spec_hash(Recipe())[:16] == "2912fd0774dd9456"
 
 
 # --- what editors and command lines write

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Annotated, get_origin
+from typing import Annotated, Any, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -20,6 +20,8 @@ def _number(value: object) -> object:
             raise ValueError(f"expected a number or a fraction such as '8/255', got {value!r}") from None
     return value
 
+
+_BEFORE = "value_before_it_was_added"
 
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 
@@ -47,11 +49,31 @@ class Spec(BaseModel):
         return found
 
 
+def added(before: Any, **settings: Any) -> Any:
+    """The field of a key that specs once did not have, with the value that means what was so before.
+
+    That value is no part of :func:`identity`: what is in a store, and trials of sweeps, later versions find, too.
+    """
+    return Field(default=before, json_schema_extra={_BEFORE: before}, **settings)
+
+
+def identity(spec: BaseModel) -> dict[str, Any]:
+    """What a spec is known by: all that it says as plain values, but no :func:`added` key with the value of before."""
+    plain = spec.model_dump(mode="json")
+    for name, field in type(spec).model_fields.items():
+        extra, value = field.json_schema_extra, getattr(spec, name)
+        if isinstance(value, BaseModel):
+            plain[name] = identity(value)
+        elif isinstance(extra, dict) and _BEFORE in extra and value == extra[_BEFORE]:
+            del plain[name]
+    return plain
+
+
 def spec_hash(*parts: object) -> str:
     """SHA-256 (hex) of specs, mappings and plain values in canonical JSON."""
 
     def plain(part: object) -> object:
-        return part.model_dump(mode="json") if isinstance(part, BaseModel) else part
+        return identity(part) if isinstance(part, BaseModel) else part
 
     text = json.dumps([plain(part) for part in parts], sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -42,7 +42,7 @@ from coldforge.sealed import (
     size_of,
     write_atomic,
 )
-from coldforge.spec import spec_hash
+from coldforge.spec import identity, spec_hash
 
 __all__ = ["Entry", "Pruned", "Store", "default_root", "key"]
 
@@ -100,7 +100,7 @@ def key(kind: str, version: int, spec: object, inputs: Sequence[str] = ()) -> st
 def _plain(value: object) -> object:
     """Specs at any depth as plain values."""
     if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
+        return identity(value)
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

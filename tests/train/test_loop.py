@@ -268,6 +268,24 @@ def test_the_slower_rise_of_eps_is_what_is_trained_with(build, splits, threat, m
     )
 
 
+@pytest.mark.parametrize("attack", ["pgd-2", "fgsm-reuse"])
+def test_training_beyond_the_ball(attack, build, splits, threat, monkeypatch):
+    farthest = []
+
+    def measured(model, images, *rest, **options):
+        found = perturb(model, images, *rest, **options)
+        farthest.append(float((found - images).abs().max()))
+        return found
+
+    monkeypatch.setattr(loop, "perturb", measured)
+    spec = TrainSpec(
+        epochs=2, batch_size=33, lr=0.01, eps_ramp=0.0, objective="adversarial", attack=attack, rel_eps=1.5
+    )
+    result = train(build("float"), splits, spec, threat)
+    assert [point.eps for point in result.curve] == pytest.approx([1.5 * threat.eps] * 2)
+    assert farthest == pytest.approx([1.5 * threat.eps] * len(farthest), rel=1e-4)
+
+
 def test_a_constant_answer_that_is_right_is_no_collapse(build, threat):
     images = torch.rand(96, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = torch.ones(96, dtype=torch.int64)

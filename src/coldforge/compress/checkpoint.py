@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
@@ -20,7 +20,7 @@ from coldforge.errors import ModelError
 from coldforge.models import ModelSource, model_source, normalized
 from coldforge.recipe import QuantizeSpec
 from coldforge.sealed import write_atomic
-from coldforge.spec import Spec
+from coldforge.spec import Spec, added
 
 WEIGHTS, STRUCTURE = "model.safetensors", "structure.json"
 
@@ -43,14 +43,8 @@ class Structure(Spec):
     """Channels removed; None: dense."""
     quantization: QuantizeSpec | None = None
     """Quantizers inserted; None: floating point."""
-    last_input_at_edge: bool = False
+    last_input_at_edge: bool = added(False)
     """What the last layer reads has ``quantization.edge_bits``, too; False in checkpoints from before that was so."""
-
-    @model_serializer(mode="wrap")
-    def _as_it_was(self, write: SerializerFunctionWrapHandler) -> dict[str, object]:
-        """False is left out: keys of stages, and files, stay what they were."""
-        fields: dict[str, object] = write(self)
-        return fields if self.last_input_at_edge else {k: v for k, v in fields.items() if k != "last_input_at_edge"}
 
     def rounded(self, spec: QuantizeSpec) -> Structure:
         """The description after :func:`coldforge.compress.quantize` with that spec."""

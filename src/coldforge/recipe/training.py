@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from coldforge.spec import Number, Spec
+from coldforge.spec import Number, Spec, added
 
 
 class TrainSpec(Spec):
@@ -41,6 +41,9 @@ class TrainSpec(Spec):
     """How the learning rate falls to 0 after the warm-up."""
     eps_ramp: Number = Field(default=0.3, ge=0, lt=1)
     """Part of training in which eps of the inner attack rises from 0 to its full value."""
+    rel_eps: Number = added(1.0, gt=0)
+    """Radius of the inner attack, relative to eps of the threat model, such as 1.1: robustness at the rim of a ball is
+    learned by training a little beyond it."""
     label_smoothing: Number = Field(default=0.0, ge=0, lt=1)
     """Label smoothing of the outer loss."""
     soft: Number = Field(default=1.0, ge=0, le=1)

@@ -294,7 +294,8 @@ def _parts(shop: Shop, arm: str) -> tuple[TrainSpec | None, TrainSpec | None]:
     spec = TrainSpec.model_construct(**{name: getattr(whole, name) for name in TrainSpec.model_fields})
     if arm == "natural":  # what only an inner attack reads must not decide the key
         plain = TrainSpec()
-        only_adversarial = {name: getattr(plain, name) for name in ("attack", "beta", "soft", "temperature", "awp")}
+        inner = ("attack", "beta", "rel_eps", "soft", "temperature", "awp")
+        only_adversarial = {name: getattr(plain, name) for name in inner}
         spec = spec.model_copy(update={**only_adversarial, "objective": "natural", "eps_ramp": 0.0})
     in_float = whole.epochs_in_float(shop.recipe.quantize.fewest_bits)
     lr = whole.natural_lr if arm == "natural" else 0.0

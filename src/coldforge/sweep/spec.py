@@ -37,7 +37,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, fi
 from coldforge.errors import RecipeError, nearest
 from coldforge.recipe import Recipe, load_recipe, parse_override
 from coldforge.records import StageRecord
-from coldforge.spec import Spec, spec_hash
+from coldforge.spec import Spec, identity, spec_hash
 
 _NAMES = {"name", "description"}
 """Keys of a recipe that name it and decide nothing."""
@@ -256,7 +256,7 @@ def expand(spec: SweepSpec, *, resolve: Callable[[Recipe], Recipe] = lambda reci
                     continue
                 words = {"seed": seed, "description": base["description"]}
                 recipe = load_recipe(base, overrides={**settings, **words})
-                decides = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in _NAMES}
+                decides = {key: value for key, value in identity(recipe).items() if key not in _NAMES}
                 decides["compute"] = recipe.compute.in_every_key()
                 name = spec_hash(decides)[:12]
                 if name not in trials:

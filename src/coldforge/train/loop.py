@@ -167,6 +167,7 @@ class _Attempt:
     ) -> None:
         self._data, self._threat_model, self._seed = data, threat_model, seed
         spec = self._spec = retry.changed(spec, state)
+        self._radius = spec.rel_eps * threat_model.eps
         self._shelf, self._state, self._report, self._world = shelf, state, on_progress, world
         self._before, self._started = state.seconds, time.monotonic()
         self.macs = state.macs
@@ -299,13 +300,13 @@ class _Attempt:
         now = replace(self._threat_model, eps=self._eps(step))
         previous = None
         if self._previous is not None and step >= self._per_epoch:
-            previous = self._previous[indices].float() * (self._threat_model.eps / _INT8)
+            previous = self._previous[indices].float() * (self._radius / _INT8)
         generator = torch.Generator().manual_seed(seed_of(self._seed, "inner attack", step))
         with attacking(self._network, BACKWARDS[step % len(BACKWARDS)]), self._fabric.autocast():
             direction = self._objective.direction(self._network, batch[mine], labels[mine], targets)
             found = perturb(self._searcher.now(), batch, direction, now, self._inner, generator, previous, share=mine)
         if self._previous is not None:
-            codes = (found - batch[mine]) * (_INT8 / self._threat_model.eps)
+            codes = (found - batch[mine]) * (_INT8 / self._radius)
             codes = codes.round().clamp(-_INT8, _INT8).to(torch.int8)
             self._previous[indices] = self._world.gather(codes, len(batch))
         return found
@@ -373,7 +374,7 @@ class _Attempt:
         return learning_rate(step, self._total, peak=spec.lr, warmup=spec.warmup, schedule=spec.schedule)
 
     def _eps(self, step: int) -> float:
-        return ramped_eps(step, self._total, eps=self._threat_model.eps, ramp=self._spec.eps_ramp)
+        return ramped_eps(step, self._total, eps=self._radius, ramp=self._spec.eps_ramp)
 
     def _bits(self, step: int) -> int:
         quantizers = (m for m in self._network.modules() if isinstance(m, QuantizedLayer | ActivationQuantizer))
