@@ -9,6 +9,7 @@ from torch import nn
 from coldforge.recipe import TrainSpec
 from coldforge.train import train
 from coldforge.train.muon import Muon, macs_of_a_step, orthogonal
+from coldforge.train.optimizer import make_optimizer, turned
 
 
 @settings(max_examples=60, deadline=None)
@@ -36,12 +37,14 @@ def test_of_nothing_nothing():
 @pytest.fixture
 def layers():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)
+    )
 
 
-def stepped(layers, optimizer, times=3, **options):
-    groups = [{"params": list(layers.parameters())}]
-    optimizer = optimizer(groups, lr=0.1, momentum=0.9, nesterov=True, **options)
+def stepped(layers, optimizer, times=3, weight_decay=0.0):
+    spec = TrainSpec(optimizer=optimizer, lr=0.1, momentum=0.9, nesterov=True, weight_decay=weight_decay)
+    optimizer = make_optimizer(layers, spec)
     for index in range(times):
         optimizer.zero_grad()
         generator = torch.Generator().manual_seed(index)
@@ -51,20 +54,33 @@ def stepped(layers, optimizer, times=3, **options):
     return {name: parameter.detach().clone() for name, parameter in layers.named_parameters()}
 
 
-def test_what_is_no_convolution_is_left_to_sgd(layers):
+def test_the_last_layer_and_what_is_no_weight_is_left_to_sgd(layers):
     start = {name: tensor.clone() for name, tensor in layers.state_dict().items()}
-    by_muon = stepped(layers, Muon, weight_decay=0.1)
+    by_muon = stepped(layers, "muon", weight_decay=0.1)
     layers.load_state_dict(start)
-    by_sgd = stepped(layers, torch.optim.SGD, weight_decay=0.1)
-    assert set(by_muon) == {"0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"}
-    for name in set(by_muon) - {"0.weight"}:
-        assert torch.equal(by_muon[name], by_sgd[name]), name
-    assert not torch.allclose(by_muon["0.weight"], by_sgd["0.weight"])
+    by_sgd = stepped(layers, "sgd", weight_decay=0.1)
+    differ = {name for name in by_muon if not torch.equal(by_muon[name], by_sgd[name])}
+    assert differ == {"0.weight", "3.weight"}
+    assert len(by_muon) == 8
+    for name in differ:  # whose norm stays, with any weight decay
+        assert by_muon[name].norm() == pytest.approx(float(start[name].norm()), rel=1e-5)
+
+
+def test_of_a_quantized_network_the_same_weights_turn(build):
+    def shapes(network):
+        return [weight.shape for weight in turned(network)]
+
+    assert shapes(build("quantized")) == shapes(build("float"))
+    network = build("float")
+    weights = [p for p in network.parameters() if p.ndim > 1]
+    assert len(turned(network)) == len(weights) - 1
+    weights[0].requires_grad_(False)
+    assert len(turned(network)) == len(weights) - 2
 
 
 def test_a_step_turns_filters_by_lr_and_keeps_their_norm(layers):
     before = layers[0].weight.detach().clone()
-    after = stepped(layers, Muon, times=1)["0.weight"]
+    after = stepped(layers, "muon", times=1)["0.weight"]
     assert after.norm() == pytest.approx(float(before.norm()), rel=1e-5)
     assert (after - before).norm() / before.norm() == pytest.approx(0.1, rel=0.15)
 
@@ -77,7 +93,7 @@ def test_the_scale_of_a_gradient_does_not_matter(scale):
     for factor in (1.0, scale):
         weight = nn.Parameter(start.clone())
         weight.grad = gradient * factor
-        Muon([weight], lr=0.1, momentum=0.9, nesterov=True).step()
+        Muon([{"params": [weight], "turns": True}], lr=0.1, momentum=0.9, nesterov=True).step()
         found.append(weight.detach())
     assert torch.allclose(*found, atol=1e-4)
 
@@ -86,7 +102,7 @@ def test_a_step_goes_downhill():
     torch.manual_seed(0)
     target = torch.randn(6, 2, 3, 3)
     weight = nn.Parameter(torch.randn(6, 2, 3, 3))
-    optimizer = Muon([weight], lr=0.1, momentum=0.5, nesterov=True)
+    optimizer = Muon([{"params": [weight], "turns": True}], lr=0.1, momentum=0.5, nesterov=True)
     cosines = []
     for _ in range(60):
         optimizer.zero_grad()
@@ -100,8 +116,8 @@ def test_a_step_goes_downhill():
 
 def test_its_arithmetic_is_counted(build, splits, threat):
     network = build("float")
-    each = macs_of_a_step(network.parameters())
-    shapes = [(len(p), p[0].numel()) for p in network.parameters() if p.ndim == 4]
+    each = macs_of_a_step(turned(network))
+    shapes = [(len(p), p[0].numel()) for p in network.parameters() if p.ndim > 1][:-1]
     assert shapes
     by_hand = 0
     for rows, columns in shapes:

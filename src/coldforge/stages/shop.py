@@ -22,7 +22,7 @@ from coldforge.measure import count_macs
 from coldforge.models import ModelSource, channels_last
 from coldforge.progress import Progress
 from coldforge.provenance import own_git_state
-from coldforge.recipe import Recipe
+from coldforge.recipe import Recipe, TrainSpec
 from coldforge.store import Store
 from coldforge.store import key as stage_key
 from coldforge.train import Team
@@ -30,6 +30,8 @@ from coldforge.train import Team
 VERSION = 4
 """Raise it when the code of a stage, training and its rescue from collapse included, gives other results: old entries
 of the store are then not found any more."""
+_OPTIMIZERS = {"muon": "muon turns linear layers, too"}
+"""What has changed in the steps of an optimizer: what others trained is still found."""
 
 Report = Callable[[float, str], None]
 Reads = Literal["training", "evaluated", "nothing"]
@@ -121,7 +123,9 @@ class Shop:
             "evaluated": [self.evaluated.fingerprint],
             "nothing": [],
         }
-        key = stage_key(kind, VERSION, [*spec, compute], [*keys, *fingerprints[reads]])
+        trainings = [part for part in spec if isinstance(part, TrainSpec)]
+        steps = [_OPTIMIZERS[part.optimizer] for part in trainings if part.optimizer in _OPTIMIZERS]
+        key = stage_key(kind, VERSION, [*spec, *steps, compute], [*keys, *fingerprints[reads]])
         return Stage(kind, label, key, build, macs, seconds, keys, trains)
 
     def has(self, stage: Stage) -> bool:

@@ -40,7 +40,7 @@ from coldforge.train.checkpoint import Shelf, TrainState
 from coldforge.train.guard import Collapse, NotFinite, monitor, refuse_collapse
 from coldforge.train.muon import macs_of_a_step
 from coldforge.train.objective import Objective, Teacher, check_inner
-from coldforge.train.optimizer import make_fabric, make_optimizer, quantizer_steps
+from coldforge.train.optimizer import make_fabric, make_optimizer, quantizer_steps, turned
 from coldforge.train.schedule import bits_now, learning_rate, ramped_eps
 from coldforge.train.searcher import Searcher
 from coldforge.train.weights import Averaged, copies, perturbed
@@ -180,7 +180,7 @@ class _Attempt:
         self._objective = Objective(spec, self._taught_by(teacher))
         passes = self._objective.passes(self._inner.steps if self._inner else 0)
         self._image_macs = passes * count_macs(self._network, data.image_shape)
-        self._step_macs = macs_of_a_step(self._network.parameters()) if spec.optimizer == "muon" else 0
+        self._step_macs = macs_of_a_step(turned(self._network)) if spec.optimizer == "muon" else 0
         if self._objective.teacher is not None and self._objective.teacher.asks:
             assert teacher is not None
             self._image_macs += count_macs(teacher, data.image_shape)

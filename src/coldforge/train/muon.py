@@ -34,17 +34,17 @@ def orthogonal(matrix: Tensor, *, steps: int = 5) -> Tensor:
     return x.T if len(matrix) > matrix.shape[1] else x
 
 
-def macs_of_a_step(parameters: Iterable[Tensor], *, steps: int = 5) -> int:
-    """Multiply-adds with which a step of :class:`Muon` makes these parameters' gradients orthogonal."""
-    sides = [sorted((len(p), p[0].numel())) for p in parameters if p.ndim == 4]
+def macs_of_a_step(weights: Iterable[Tensor], *, steps: int = 5) -> int:
+    """Multiply-adds with which a step of :class:`Muon` makes the gradients of what it turns orthogonal."""
+    sides = [sorted((len(p), p[0].numel())) for p in weights]
     return sum(steps * (2 * short * short * long + short**3) for short, long in sides)
 
 
 class Muon(torch.optim.SGD):
-    """Muon for convolutions, SGD for everything else (the last layer, biases, normalization, quantizer steps).
+    """Muon for groups of weights that have ``"turns": True``, SGD for everything else.
 
-    A step turns the filters of a layer, as a matrix ``(outputs, inputs * height * width)``, by the part ``lr`` of their
-    norm, and keeps the norm: what follows a convolution (BatchNorm, or a scale that is learned elsewhere) does not need
+    A step turns the weights of a layer, as a matrix ``(outputs, inputs)`` of whole filters, by the part ``lr`` of their
+    norm, and keeps the norm: what follows a hidden layer (BatchNorm, or a scale learned elsewhere) does not need
     it, and steps relative to a norm that they let grow would grow with it. The source scales by the shape instead, and
     decays the weights; here weight decay counts for SGD alone.
 
@@ -53,10 +53,10 @@ class Muon(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Change the parameters. A convolution's gradient is used up, and None afterwards."""
+        """Change the parameters. The gradient of what turns is used up, and None afterwards."""
         for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.ndim == 4 and weight.grad is not None:
+            for weight in group["params"] if group.get("turns") else ():
+                if weight.grad is not None:
                     self._turn(weight, lr=group["lr"], momentum=group["momentum"], nesterov=group["nesterov"])
         return super().step(closure)
 

@@ -28,17 +28,27 @@ def make_fabric(precision: str):  # type: ignore[no-untyped-def]  # Fabric's gen
 def make_optimizer(network: nn.Module, spec: TrainSpec) -> torch.optim.SGD:
     """SGD or Muon over everything that ``network`` learns."""
     kind = Muon if spec.optimizer == "muon" else torch.optim.SGD
-    groups = _parameter_groups(network, spec.weight_decay)
+    groups = _parameter_groups(network, spec.weight_decay, turned(network) if kind is Muon else [])
     return kind(groups, lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov)
 
 
-def _parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def turned(network: nn.Module) -> list[nn.Parameter]:
+    """What Muon turns: the weights of convolutions and linear layers, but not of the last one, whose rows are the
+    classes and whose size is the scale of the logits.
+    """
+    layers = [part for part in network.modules() if isinstance(part, nn.Conv2d | nn.Linear | QuantizedLayer)]
+    return [layer.weight for layer in layers if layer.weight.requires_grad][:-1]
+
+
+def _parameter_groups(network: nn.Module, weight_decay: float, turning: list[nn.Parameter]) -> list[dict[str, object]]:
     """Weights (more than one dimension) decay; biases, normalization and quantizer steps do not."""
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    return [
-        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+    apart = {id(weight) for weight in turning}
+    rest = [parameter for parameter in network.parameters() if parameter.requires_grad and id(parameter) not in apart]
+    groups: list[dict[str, object]] = [
+        {"params": [parameter for parameter in rest if parameter.ndim > 1], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in rest if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
+    return [*groups, {"params": turning, "weight_decay": 0.0, "turns": True}] if turning else groups
 
 
 def quantizer_steps(network: nn.Module) -> dict[str, nn.Parameter]:
