@@ -37,7 +37,8 @@ def turned(network: nn.Module) -> list[nn.Parameter]:
     classes and whose size is the scale of the logits.
     """
     layers = [part for part in network.modules() if isinstance(part, nn.Conv2d | nn.Linear | QuantizedLayer)]
-    return [layer.weight for layer in layers if layer.weight.requires_grad][:-1]
+    weights = [layer.get_parameter("weight") for layer in layers]
+    return [weight for weight in weights if weight.requires_grad][:-1]
 
 
 def _parameter_groups(network: nn.Module, weight_decay: float, turning: list[nn.Parameter]) -> list[dict[str, object]]:
