@@ -95,6 +95,11 @@ class PruneSpec(Spec):
                 f"prune.ratio: expected a part of the channels, 0 <= ratio < 1, got {self.ratio:g}; "
                 "1 would remove every channel"
             )
+        if self.scope == "global" and self.ratio and self.floor > 1 - self.ratio + 1e-9:
+            raise ValueError(
+                f"prune.floor: expected at most the part of the channels that ratio leaves, {1 - self.ratio:g}, got "
+                f"{self.floor:g}; every layer would keep more than is to be left of all"
+            )
         return self
 
 
