@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from coldforge.compress.fakequant import ActivationQuantizer, Backward, QuantizedLayer, attacking, fake_quantize
+from coldforge.compress.fakequant import (
+    ActivationQuantizer,
+    Backward,
+    QuantizedLayer,
+    attacking,
+    binarize,
+    fake_quantize,
+)
 from coldforge.errors import ModelError
 
 BOTH = pytest.mark.parametrize("backward", ["clipped", "pass_through"])
@@ -111,6 +118,64 @@ def test_gradients_are_those_of_lsq(qmin: int, qmax: int, zero: int, channels: b
     clipped = gradients[0][1] == 0
     assert bool(clipped.any()) == (backward == "clipped")
     assert not bool(clipped.all())
+
+
+def signs(x: Tensor, step: Tensor, grad_scale: float) -> Tensor:
+    """Binarization by autograd: to x the gradient of the identity, to the step that of LSQ with the codes -1 and 1."""
+    step = step * grad_scale + (step * (1 - grad_scale)).detach()
+    codes = torch.tensor([-1.0 if number < 0 else 1.0 for number in x.detach().flatten().tolist()]).view(x.shape)
+    return codes * step + (x - x.detach())
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (6, 3, 3, 3), (6, 1)], ids=["linear", "conv", "one weight"])
+def test_gradients_of_signs_are_those_of_lsq(shape: tuple[int, ...]) -> None:
+    x = normal(*shape) * 3  # most beyond the step, whose gradient passes nonetheless
+    x[0], x[1] = 0.0, -0.0
+    step = torch.linspace(0.3, 1.7, 6).view(-1, *[1] * (len(shape) - 1))
+    upstream = normal(*shape, seed=1)
+    gradients = []
+    for function in (lambda a, b: binarize(a, b, grad_scale=0.05), lambda a, b: signs(a, b, 0.05)):
+        inputs = x.clone().requires_grad_(), step.clone().requires_grad_()
+        result = function(*inputs)
+        gradients.append([result.detach(), *torch.autograd.grad(result, inputs, upstream)])
+    for found, expected in zip(*gradients, strict=True):
+        assert found.shape == expected.shape
+        torch.testing.assert_close(found, expected)
+    assert torch.equal(gradients[0][0][:2], step[:2].expand(2, *shape[1:])), "1 where x is 0"
+    assert torch.equal(gradients[0][1], upstream)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize(
+    "source",
+    [lambda: nn.Conv2d(4, 6, 3, groups=2), lambda: nn.Conv2d(4, 4, 3, groups=4), lambda: nn.Linear(9, 5)],
+    ids=["grouped", "depthwise", "linear"],
+)
+def test_a_layer_learns_weights_and_steps_as_lsq_says(source: Callable[[], nn.Module], bits: int) -> None:
+    """Section 2.2 of the paper: the gradient of a step is scaled by 1 / sqrt(weights of the step * largest code)."""
+    quantized = layer(source(), bits)
+    with torch.no_grad():
+        quantized.weight_step.mul_(torch.linspace(0.4, 1.2, len(quantized.weight)))  # so that some are clipped
+    x = torch.rand(3, 4, 6, 6) if quantized.is_conv else torch.rand(3, 9)
+    learned = quantized.weight, quantized.weight_step
+    found = torch.autograd.grad(quantized(x).square().sum(), learned)
+    limit = {1: 1, 2: 1, 4: 7}[bits]
+    scale = (quantized.weight[0].numel() * limit) ** -0.5
+    column = quantized.weight_step.view(-1, *[1] * (quantized.weight.ndim - 1))
+    if bits == 1:
+        rounded = signs(quantized.weight, column, scale)
+    else:
+        rounded = lsq(quantized.weight, column, 0, -limit, limit, scale, "clipped")
+    bias = quantized.quantized_bias().detach()
+    if quantized.is_conv:
+        output = nn.functional.conv2d(x, rounded, bias, groups=quantized.groups)
+    else:
+        output = nn.functional.linear(x, rounded, bias)
+    expected = torch.autograd.grad(output.square().sum(), learned)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert bool((ours != 0).any())
+    assert bool((found[0] == 0).any()) == (bits > 1), "one bit clips nothing"
 
 
 # --- what attacks need -----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from coldforge.attacks import ThreatModel, loss_direction, parse_inner, perturb
 from coldforge.compress import joined, prune, replay, taylor
 from coldforge.compress.importance import batchnorm_scale
 from coldforge.errors import ModelError
@@ -66,6 +68,79 @@ def test_taylor_keeps_what_the_images_need(build: Build) -> None:
     assert int((scores > 0).sum()) >= 20
     _, plan = prune(model, spec(0.5), image_shape=SHAPE, importance=taylor(model, batches()))
     assert 3 in next(removed for name, _, removed in plan.steps if name == "2")
+
+
+# --- gradients of adversarial images
+
+
+def with_an_idle_channel() -> nn.Sequential:
+    """Of (1, 4, 4). Channels 0 and 1 read the left half; 2 fires only where the right half is brighter than it ever is
+    on a clean image, and then speaks for class 0; 3 is of little use on all images.
+    """
+    model = nn.Sequential(nn.Conv2d(1, 4, 4), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
+    read, answer = torch.zeros(4, 4, 4), torch.tensor([[0.0, 2.0, 1.0, 0.0], [2.0, 0.0, -1.0, 0.1]])
+    read[0, :, :2], read[1, :, :2], read[2, :, 2:], read[3, :, :2] = 0.1, -0.1, 1.0, 0.1
+    with torch.no_grad():
+        model[0].weight.copy_(read[:, None])
+        model[0].bias.copy_(torch.tensor([-0.4, 0.4, -4.02, 0.0]))
+        model[3].weight.copy_(answer)
+        model[3].bias.zero_()
+    return model.eval()
+
+
+def left_half_tells(n: int) -> tuple[Tensor, Tensor]:
+    """Dark (0) or bright (1) in the left half, 0.5 in the right one, of which channel 2 sees 8 * 0.5 < 4.02."""
+    labels = torch.arange(n) % 2
+    images = torch.full((n, 1, 4, 4), 0.5)
+    images[:, :, :, :2] += 0.3 * (2.0 * labels - 1).view(-1, 1, 1, 1)
+    return images, labels
+
+
+def attacked(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    ascend, generator = partial(loss_direction, labels=labels, loss="ce"), torch.Generator().manual_seed(0)
+    return perturb(model, images, ascend, ThreatModel("linf", 0.1), parse_inner("pgd-7"), generator)
+
+
+def by_hand(model: nn.Sequential, images: Tensor, labels: Tensor) -> list[float]:
+    """No autograd: by the chain rule, channel c changes the loss by the mean over images of
+
+    (softmax - one-hot) . answer[:, c] * [it fires] * (its filter . image).
+    """
+    read, bias, answer = model[0].weight.detach().flatten(1), model[0].bias.detach(), model[3].weight.detach()
+    totals = [0.0] * len(read)
+    for image, label in zip(images.flatten(1), labels.tolist(), strict=True):
+        hidden = [float(row @ image + shift) for row, shift in zip(read, bias, strict=True)]
+        error = (answer @ torch.tensor(hidden).clamp_min(0)).softmax(0)
+        error[label] -= 1
+        for channel, value in enumerate(hidden):
+            if value > 0:
+                totals[channel] += float(error @ answer[:, channel]) * float(read[channel] @ image) / len(images)
+    return [total**2 for total in totals]
+
+
+def test_taylor_on_adversarial_images_is_the_chain_rule_on_them() -> None:
+    model = with_an_idle_channel()
+    images, labels = left_half_tells(32)
+    found = attacked(model, images, labels)
+    clean = taylor(model, [(images, labels)])(model, "0").tolist()
+    halves = [(found[:16], labels[:16]), (found[16:], labels[16:])]
+    adversarial = taylor(model, halves)(model, "0").tolist()
+    assert clean == pytest.approx(by_hand(model, images, labels), rel=1e-4, abs=1e-12)
+    expected = [sum(scores) for scores in zip(*(by_hand(model, *half) for half in halves), strict=True)]
+    assert adversarial == pytest.approx(expected, rel=1e-4, abs=1e-12)
+    assert adversarial != pytest.approx(clean, rel=0.1)
+
+
+def test_a_channel_that_only_adversarial_images_wake_is_ranked_by_them() -> None:
+    """Clean images call it worthless; adversarial ones let another channel go."""
+    model = with_an_idle_channel()
+    images, labels = left_half_tells(32)
+    one_of_four = spec(0.25, round_to=1, min_width=1)
+    for seen, removed in ((images, 2), (attacked(model, images, labels), 3)):
+        ranking = taylor(model, [(seen, labels)])
+        assert (float(ranking(model, "0")[2]) == 0) == (removed == 2)
+        _, plan = prune(model, one_of_four, image_shape=(1, 4, 4), importance=ranking)
+        assert plan.steps == (("0", True, (removed,)),)
 
 
 def test_batchnorm_scale_decides(build: Build) -> None:

@@ -273,6 +273,24 @@ def test_half_a_normalization_is_none(given, recipe, shop):
         stages.baseline(shop(recipe({f"model.{given}": [0.4]})))
 
 
+@pytest.mark.parametrize("importance", ["taylor", "taylor-adversarial"])
+def test_taylor_takes_the_gradients_it_is_called_after(importance, recipe, shop, model, splits, monkeypatch):
+    seen = []
+    monkeypatch.setattr(networks, "taylor", lambda network, batches: seen.extend(batches))
+    networks._taylor(shop(recipe({"prune.importance": importance, "prune.importance_n": 150})), model)
+    assert [len(labels) for _, labels in seen] == [128, 22]
+    images, labels = (torch.cat(part) for part in zip(*seen, strict=True))
+    clean = splits.train.pixels(slice(0, 150))
+    assert torch.equal(labels, splits.train.labels[:150])
+    if importance == "taylor":
+        assert torch.equal(images, clean)
+        return
+    assert float((images - clean).abs().max()) == pytest.approx(0.1)
+    with torch.no_grad():
+        losses = [nn.functional.cross_entropy(model(each), labels, reduction="none") for each in (images, clean)]
+    assert bool((losses[0] > losses[1]).all())
+
+
 def test_a_literal_threat_widens_the_range_of_the_image(recipe, shop):
     ends = []
     for literal in (False, True):

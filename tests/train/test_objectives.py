@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from coldforge.attacks import parse_attack, predict
+from coldforge.attacks import ThreatModel, parse_attack, predict
 from coldforge.compress import ActivationQuantizer, QuantizedLayer, quantize
+from coldforge.data import from_arrays, load_data
 from coldforge.errors import CollapseError, RecipeError
 from coldforge.evaluate import Target, evaluate, summarize
 from coldforge.measure import count_macs
 from coldforge.models import normalized
-from coldforge.recipe import FinetuneSpec, QuantizeSpec, TrainSpec
+from coldforge.recipe import DataSpec, FinetuneSpec, QuantizeSpec, TrainSpec
 from coldforge.train import Objective, loop, train
-from coldforge.train.guard import Overfitting
+from coldforge.train.guard import NotFinite, Overfitting
 from coldforge.train.objective import CLEAN_SHARE, Teacher
+from coldforge.train.optimizer import quantizer_steps
 from coldforge.train.weights import Averaged, perturbed
 from coldforge.train.world import World
 
@@ -198,6 +201,96 @@ def test_perturbed_weights_are_worse_by_their_measure_and_come_back(kind, build,
     assert all(module.offset is None for module in network.modules() if isinstance(module, QuantizedLayer))
 
 
+ONE_STEP = {
+    "epochs": 1, "batch_size": 66, "momentum": 0, "nesterov": False, "weight_decay": 0, "warmup": 0,
+    "schedule": "constant", "eps_ramp": 0.0, "attack": "pgd-2",
+}  # fmt: skip
+"""Plain gradient descent, once, on all training images."""
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What the loss was taken of, each time: clean images, attacked ones, targets. No network is refused."""
+    shown, real = [], Objective.loss
+
+    def spy(self, network, *tensors):
+        shown.append(tensors)
+        return real(self, network, *tensors)
+
+    monkeypatch.setattr(Objective, "loss", spy)
+    monkeypatch.setattr(loop, "refuse_collapse", lambda *_: False)
+    return shown
+
+
+def test_only_weights_are_perturbed_and_batchnorm_stays(build, splits):
+    network, gamma = build("batchnorm").train(), 0.02
+    images, labels = splits.train.pixels(), splits.train.labels
+    F.cross_entropy(network(images), labels).backward()
+    before, steepest = copy.deepcopy(network.state_dict()), {n: p.grad.clone() for n, p in network.named_parameters()}
+    network.eval()  # statistics stand still
+    with perturbed(network, gamma, World()):
+        assert all(parameter.grad is None for parameter in network.parameters())
+        for name, tensor in network.state_dict().items():
+            if tensor.ndim > 1 and name in steepest:
+                moved, gradient = tensor - before[name], steepest[name]
+                wanted = gradient * gamma * before[name].norm() / gradient.norm()
+                torch.testing.assert_close(moved, wanted, rtol=1e-3, atol=1e-6, msg=name)
+            else:
+                assert torch.equal(tensor, before[name]), name
+        F.cross_entropy(network(images), labels).backward()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert all(parameter.grad is not None for parameter in network.parameters())
+    assert {name for name in steepest if before[name].ndim == 1} >= {"network.1.weight", "network.1.bias"}
+
+
+def test_perturbed_weights_come_back_from_an_error(build, splits):
+    for kind in ("batchnorm", "quantized"):
+        network = build(kind)
+        F.cross_entropy(network(splits.train.pixels()), splits.train.labels).backward()
+        before = copy.deepcopy(network.state_dict())
+        with pytest.raises(RuntimeError, match="inside"), perturbed(network, 0.1, World()):
+            raise RuntimeError("inside")
+        assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+        assert all(module.offset is None for module in network.modules() if isinstance(module, QuantizedLayer))
+
+
+def gradients_by_hand(network, gamma, attacked, targets):
+    """Wu et al. 2020, algorithm 1, on a copy: the gradients at perturbed weights, by name."""
+    twin = copy.deepcopy(network).train()
+    gradients = torch.autograd.grad(F.cross_entropy(twin(attacked), targets), list(twin.parameters()))
+    with torch.no_grad():
+        for weight, gradient in zip(twin.parameters(), gradients, strict=True):
+            if weight.ndim > 1:
+                weight += gamma * weight.norm() / gradient.norm() * gradient
+    F.cross_entropy(twin(attacked), targets).backward()
+    return {name: weight.grad for name, weight in twin.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["float", "batchnorm"])
+def test_a_step_under_perturbed_weights_is_that_of_the_paper(kind, build, splits, threat, shown):
+    """The unperturbed weights take the gradient of the perturbed ones."""
+    gamma, lr, network = 0.05, 0.02, build(kind)
+    trained = train(network, splits, spec_of("adversarial", **ONE_STEP, lr=lr, awp=gamma), threat).model
+    (_, attacked, targets), (_, again, _) = shown
+    assert torch.equal(attacked, again)
+    wanted, plain = (gradients_by_hand(network, each, attacked, targets) for each in (gamma, 0.0))
+    before = dict(network.named_parameters())
+    for name, parameter in trained.named_parameters():
+        found = ((before[name] - parameter) / lr).detach()
+        error = 0.01 * float(wanted[name].norm()) + 1e-4
+        assert float((found - wanted[name]).norm()) < error, name
+        assert float((found - plain[name]).norm()) > 3 * error or name.endswith("0.bias"), name
+
+
+@pytest.mark.xfail(raises=AssertionError, reason="the pass that finds the perturbation counts, too: 2 in one step")
+def test_batchnorm_counts_a_step_under_perturbed_weights_once(build, splits, threat, shown):
+    """Wu et al. find the perturbation on a proxy, "which does not affect the statistics of BN" (their code)."""
+    for gamma in (0.0, 0.05):
+        spec = spec_of("adversarial", **ONE_STEP, lr=0.01, awp=gamma)
+        norm = train(build("batchnorm"), splits, spec, threat).model.network[1]
+        assert int(norm.num_batches_tracked) == 1, gamma
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_under_perturbed_weights_learns(precision, build, splits, threat):
     spec = spec_of("adversarial", epochs=6, batch_size=8, awp=0.005, attack="fgsm-rs")
@@ -211,6 +304,30 @@ def test_training_under_perturbed_weights_learns(precision, build, splits, threa
 def few(build, splits, weight_bits, activation_bits):
     spec = QuantizeSpec(weight_bits=weight_bits, activation_bits=activation_bits, edge_bits=8)
     return quantize(build("float"), spec, splits.train.pixels())
+
+
+@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(4, 4), (2, 2), (1, 4)])
+def test_quantizer_steps_learn_from_attacked_images(weight_bits, activation_bits, build, splits, threat, shown):
+    """Each moves by the gradient of the loss on these, which is another than that on clean ones."""
+    network, lr = few(build, splits, weight_bits, activation_bits), 0.01
+    before = {name: step.detach().clone() for name, step in quantizer_steps(network).items()}
+    assert len(before) == 5, "that of the image stays"
+    trained = train(network, splits, spec_of("adversarial", **ONE_STEP, lr=lr), threat).model
+    ((clean, attacked, targets),) = shown
+    assert float((attacked - clean).abs().max()) == pytest.approx(threat.eps)
+    wanted = []
+    for images in (attacked, clean):
+        twin = copy.deepcopy(network).train()
+        gradients = torch.autograd.grad(F.cross_entropy(twin(images), targets), list(quantizer_steps(twin).values()))
+        wanted.append(dict(zip(before, gradients, strict=True)))
+    for name, step in quantizer_steps(trained).items():
+        low, high = before[name] / loop.STEP_RANGE, before[name] * loop.STEP_RANGE
+        after = [torch.clamp(before[name] - lr * gradients[name], low, high) for gradients in wanted]
+        moved, by_attacked, by_clean = (new.detach() - before[name] for new in (step, *after))
+        assert bool((moved != 0).any()), name
+        tolerance = 0.02 * float(by_attacked.norm()) + 1e-7
+        assert float((moved - by_attacked).norm()) < tolerance, name
+        assert float((moved - by_clean).norm()) > 5 * tolerance, name
 
 
 @pytest.mark.parametrize(("weight_bits", "activation_bits"), [(1, 4), (2, 2), (1, 1), (4, 4), (8, 4)])
@@ -299,6 +416,45 @@ def test_a_collapse_goes_back_to_the_last_good_epoch(build, splits, threat, monk
         assert result.macs == macs * (5 + 5 + 5 + 7 + 7 + 9 + 9), "what was rolled back was paid for"
 
 
+@pytest.mark.parametrize(("kind", "poisoned"), [("batchnorm", 9), ("quantized", 12)], ids=["first step", "last step"])
+def test_what_is_not_a_number_is_left_behind(kind, poisoned, build, splits, threat, monkeypatch, tmp_path):
+    """Once in epoch 3, of four steps each: all goes on as if that epoch had been given up without a NaN."""
+    real, calls = Objective.loss, []
+
+    def poison(self, network, *tensors):
+        calls.append(1)
+        return real(self, network, *tensors) * (torch.nan if len(calls) == poisoned else 1)
+
+    def give_up(network, validation, curve, inner, spec):
+        if curve[-1].epoch == 3 and not gave_up:
+            gave_up.append(1)
+            raise NotFinite("given up")
+
+    spec = spec_of("adversarial", epochs=4, batch_size=16, lr=0.03, attack="fgsm-reuse", ema=0.9)
+    gave_up = []
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "refuse_collapse", give_up)
+        wanted = train(build(kind), splits, spec, threat)
+    for folder in (None, tmp_path):
+        calls.clear()
+        told = []
+        with monkeypatch.context() as patch:
+            patch.setattr(Objective, "loss", poison)
+            patch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)
+            result = train(build(kind), splits, spec, threat, folder=folder, on_note=told.append)
+        assert told == [
+            f"training with lr 0.03 and fgsm-reuse collapsed (the loss is not finite at step {poisoned - 1}); "
+            "rolled back to the end of epoch 2 with lr 0.01 and fgsm-reuse"
+        ]
+        assert result.notes[:1] == tuple(told)
+        assert result.curve == wanted.curve
+        assert [point.epoch for point in result.curve] == [1, 2, 3, 4]
+        assert [point.lr < 0.012 for point in result.curve[2:]] == [True, True]
+        first, second = result.model.state_dict(), wanted.model.state_dict()
+        assert all(torch.equal(first[name], second[name]) for name in second)
+        assert all(bool(tensor.isfinite().all()) for tensor in first.values())
+
+
 def test_a_training_that_collapses_again_where_it_went_on_starts_again(build, splits, threat, monkeypatch, tmp_path):
     """Twice in epoch 3: what is wrong was there at the end of epoch 2 already."""
     fell = []
@@ -338,3 +494,55 @@ def test_a_training_that_failed_leaves_nothing_to_continue(build, splits, threat
     result = train(build("float"), splits, spec, threat, folder=tmp_path)
     assert result.notes == ()
     assert result.curve[0].lr == train(build("float"), splits, spec, threat).curve[0].lr
+
+
+@pytest.fixture(scope="module")
+def trousers_and_bags():
+    """400 images to train with, 100 to watch."""
+    whole = load_data(DataSpec(source="fashion-mnist-mini", validation=1))
+    parts = []
+    for part, n in ((whole.train, 500), (whole.test, 50)):
+        chosen = (part.labels == 1) | (part.labels == 8)
+        parts += [part.images[chosen][:n], (part.labels[chosen] == 8).long()[:n]]
+    return from_arrays(*parts, validation=100)
+
+
+def test_a_network_that_overfits_fgsm_is_noticed_and_gets_a_stronger_attack(trousers_and_bags, monkeypatch):
+    """Nothing is staged here: large eps and one step are enough (Wong et al. 2020, section 5.4)."""
+    data, wide = trousers_and_bags, ThreatModel("linf", 0.35)
+    torch.manual_seed(2)
+    network = normalized(
+        nn.Sequential(
+            nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(784, 2),
+        ), data.mean, data.std,
+    ).eval()  # fmt: skip
+    attacks, caught = [], []
+    real_guard, real_attack = loop.refuse_collapse, loop.perturb
+
+    def guard(network, *arguments):
+        try:
+            return real_guard(network, *arguments)
+        except Overfitting:
+            caught.append([robust(network, data.validation, wide, attack) for attack in ("fgsm-rs", "pgd-10")])
+            raise
+
+    def perturb(network, images, direction, threat, inner, *arguments, **keywords):
+        attacks.append(inner.label)
+        return real_attack(network, images, direction, threat, inner, *arguments, **keywords)
+
+    monkeypatch.setattr(loop, "refuse_collapse", guard)
+    monkeypatch.setattr(loop, "perturb", perturb)
+    spec = spec_of(
+        "adversarial", epochs=8, batch_size=32, lr=0.03, weight_decay=0, schedule="constant", warmup=0.2, eps_ramp=0.4,
+        attack="fgsm-rs", retries=4,
+    )  # fmt: skip
+    result = train(network, data, spec, wide, seed=2)
+    by_its_own, by_pgd = caught[0]
+    assert by_its_own > by_pgd + 0.2, "it withstands only what it was trained with"
+    said = r"training with lr 0\.03 and fgsm-rs collapsed \(catastrophic overfitting: .*\); "
+    assert re.match(said + r"rolled back to the end of epoch [3-7] with lr 0\.03 and pgd-2$", result.notes[0])
+    assert list(dict.fromkeys(attacks))[:2] == ["fgsm-rs", "pgd-2"]
+    assert len(result.notes) >= len(caught)
+    assert [point.epoch for point in result.curve] == list(range(1, 9))
+    assert robust(result.model, data.validation, wide) > by_pgd + 0.15
