@@ -176,6 +176,22 @@ def test_estimates_know_what_is_expensive(recipe, stages_of):
     assert plain["prune 50% of channels"].macs == 0
 
 
+def test_what_changed_for_some_trainings_changes_their_keys_only(recipe, stages_of, monkeypatch):
+    settings = {"finetune.optimizer": "sgd", "control.train": True, "reference.train": True}
+    for changes, affected in (
+        ({}, []),
+        ({"finetune.optimizer": "muon"}, ["fine-tune: natural", "fine-tune: adversarial"]),
+        ({"finetune.awp": 0.01}, ["fine-tune: adversarial", "control: train the small network from scratch"]),
+    ):
+        now = stages_of(recipe(settings | changes), network="zoo:cnn8")
+        with monkeypatch.context() as before:
+            before.setattr("coldforge.stages.shop._CHANGED", {})
+            then = stages_of(recipe(settings | changes), network="zoo:cnn8")
+        trained = [label for label, stage in now.items() if stage.trains]
+        assert "baseline: train" in trained
+        assert [label for label in trained if now[label].key != then[label].key] == affected
+
+
 def test_the_control_has_the_budget_of_the_hardening_too(recipe, stages_of):
     label = "control: train the small network from scratch"
     changes = {"control.train": True, "finetune.epochs": 1}

@@ -23,6 +23,7 @@ from coldforge.errors import RecipeError, nearest
 from coldforge.spec import Spec
 
 INNER_FORMS = {
+    "fgsm": "one step of eps from the image itself; easily overfitted",
     "fgsm-rs": "one step of 1.25 eps from a random point of the ball",
     "n-fgsm": "one step of eps from random noise of up to 2 eps around the image, which may leave the ball",
     "fgsm-reuse": "one step of 1.25 eps from where the last epoch's perturbation of the image ended; no augmentation",

@@ -30,8 +30,11 @@ from coldforge.train import Team
 VERSION = 4
 """Raise it when the code of a stage, training and its rescue from collapse included, gives other results: old entries
 of the store are then not found any more."""
-_OPTIMIZERS = {"muon": "muon turns linear layers, too"}
-"""What has changed in the steps of an optimizer: what others trained is still found."""
+_CHANGED: dict[str, Callable[[TrainSpec], object]] = {
+    "muon turns linear layers, too": lambda spec: spec.optimizer == "muon",
+    "BatchNorm does not count perturbed weights": lambda spec: spec.awp,
+}
+"""What has changed for some trainings only; what others left in a store is still found."""
 
 Report = Callable[[float, str], None]
 Reads = Literal["training", "evaluated", "nothing"]
@@ -124,8 +127,8 @@ class Shop:
             "nothing": [],
         }
         trainings = [part for part in spec if isinstance(part, TrainSpec)]
-        steps = [_OPTIMIZERS[part.optimizer] for part in trainings if part.optimizer in _OPTIMIZERS]
-        key = stage_key(kind, VERSION, [*spec, *steps, compute], [*keys, *fingerprints[reads]])
+        changed = [what for what, concerns in _CHANGED.items() if any(map(concerns, trainings))]
+        key = stage_key(kind, VERSION, [*spec, *changed, compute], [*keys, *fingerprints[reads]])
         return Stage(kind, label, key, build, macs, seconds, keys, trains)
 
     def has(self, stage: Stage) -> bool:

@@ -52,8 +52,10 @@ def perturbed(network: nn.Module, gamma: float, world: World) -> Iterator[None]:
     Adversarial weight perturbation: Wu, Xia, Wang, NeurIPS 2020 (arXiv 2004.05884), eq. 10. Where weights are
     quantized, the rounded weights are moved, by a part of their own norm, not those behind the rounding, which could
     swallow the move or multiply it; their steps stay.
-    Pruned channels are not there, so nothing can grow back.
+    Pruned channels are not there, so nothing can grow back. Statistics of BatchNorm do not count what is seen inside.
     """
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
+    statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     layers = [module for module in network.modules() if isinstance(module, QuantizedLayer)]
     ours = {id(layer.weight): layer for layer in layers}
     graded = [(p, p.grad) for p in network.parameters() if p.grad is not None and p.ndim > 1]
@@ -74,7 +76,7 @@ def perturbed(network: nn.Module, gamma: float, world: World) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for weight, before in moved:
-                weight.copy_(before)
+            for tensor, before in [*moved, *statistics]:
+                tensor.copy_(before)
         for layer in layers:
             layer.offset = None
