@@ -114,7 +114,12 @@ def sweep(path: Path) -> str:
         return NOT_COMPUTED
     with path.open(encoding="utf-8", newline="") as file:
         rows = sorted(csv.DictReader(file), key=lambda row: -float(row["robust:worst_case"]))
-    lines = ["| variant | clean % | PGD-20, worst case % | 95 % | training, 10¹² MACs |", "|---|---:|---:|---|---:|"]
+    apart = ("transfer", "worst_case", "low", "high")
+    attacks = [
+        name for key in rows[0] for kind, _, name in [key.partition(":")] if kind == "robust" and name not in apart
+    ]
+    said = ", ".join(name.replace("pgd", "PGD").replace("autoattack", "AutoAttack") for name in attacks)
+    lines = [f"| variant | clean % | {said}, worst case % | 95 % | training, 10¹² MACs |", "|---|---:|---:|---|---:|"]
     for row in rows:
         low, high = (100 * float(row[f"robust:{end}"]) for end in ("low", "high"))
         name = (row["name"] == "artifact" and row.get("variant")) or row["label"]
