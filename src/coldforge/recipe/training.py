@@ -25,14 +25,14 @@ class TrainSpec(Spec):
     batch_size: int = Field(default=128, ge=1)
     """Images per optimizer step."""
     optimizer: Literal["sgd", "muon"] = "sgd"
-    """sgd; or muon (Jordan et al. 2024): the same, but each step of a convolution is made orthogonal and turns its
+    """sgd; or muon (Jordan et al. 2024): the same, but each step of a hidden layer is made orthogonal and turns its
     filters by the part lr of their norm, which stays."""
     lr: Number = Field(default=0.05, gt=0)
     """Peak learning rate."""
     momentum: Number = Field(default=0.9, ge=0, lt=1)
     """Momentum of the optimizer."""
     weight_decay: Number = Field(default=5e-4, ge=0)
-    """L2 penalty on weights (not on biases, BatchNorm or quantizer steps; with muon, not on convolutions)."""
+    """L2 penalty on weights (not on biases, BatchNorm or quantizer steps; with muon, not on hidden layers)."""
     nesterov: bool = True
     """Nesterov momentum."""
     warmup: Number = Field(default=0.2, ge=0, lt=1)
@@ -84,7 +84,7 @@ class FinetuneSpec(TrainSpec):
     attack: str = "pgd-2"
     """Inner attack of the adversarial arm: fgsm-rs, n-fgsm, fgsm-reuse, or pgd-K such as pgd-7."""
     optimizer: Literal["sgd", "muon"] = "muon"
-    """sgd: stochastic gradient descent with momentum. muon: orthogonal steps for convolutions, for the rest sgd."""
+    """sgd: stochastic gradient descent with momentum. muon: orthogonal steps for hidden layers, for the rest sgd."""
     batch_size: int = Field(default=64, ge=1)
     """Images a step."""
     float_epochs: int | Literal["all", "auto"] = "auto"
@@ -99,7 +99,7 @@ class FinetuneSpec(TrainSpec):
     lr: Number = Field(default=0.03, gt=0)
     """Peak learning rate."""
     weight_decay: Number = Field(default=1e-4, ge=0)
-    """L2 penalty on weights (not on biases, BatchNorm or quantizer steps; with muon, not on convolutions)."""
+    """L2 penalty on weights (not on biases, BatchNorm or quantizer steps; with muon, not on hidden layers)."""
     eps_ramp: Number = Field(default=0.15, ge=0, lt=1)
     """Part of training in which eps of the inner attack rises from 0 to its full value."""
     arms: tuple[Literal["none", "natural", "adversarial"], ...] = ("natural", "adversarial")
@@ -151,13 +151,13 @@ class HardenSpec(TrainSpec):
     epochs: int = Field(default=2, ge=1)
     """Passes over the training images."""
     optimizer: Literal["sgd", "muon"] = "muon"
-    """sgd: stochastic gradient descent with momentum. muon: orthogonal steps for convolutions, for the rest sgd."""
+    """sgd: stochastic gradient descent with momentum. muon: orthogonal steps for hidden layers, for the rest sgd."""
     batch_size: int = Field(default=64, ge=1)
     """Images a step."""
     lr: Number = Field(default=0.03, gt=0)
     """Peak learning rate."""
     weight_decay: Number = Field(default=1e-4, ge=0)
-    """L2 penalty on weights (not on biases or BatchNorm; with muon, not on convolutions)."""
+    """L2 penalty on weights (not on biases or BatchNorm; with muon, not on hidden layers)."""
     eps_ramp: Number = Field(default=0.15, ge=0, lt=1)
     """Part of training in which eps of the inner attack rises from 0 to its full value."""
 
