@@ -212,6 +212,7 @@ def test_global_pruning_takes_from_where_it_matters_least(build: Build) -> None:
     seed=st.integers(0, 5),
 )
 def test_global_widths_keep_every_promise(build: Build, ratio: float, floor: float, round_to: int, seed: int) -> None:
+    floor = min(floor, 1 - ratio)
     wanted = spec(ratio, scope="global", floor=floor, round_to=round_to, min_width=round_to, importance="random")
     for name in ("plain", "residual", "concatenation", "grouped"):
         _, plan = prune(build(name), wanted, image_shape=SHAPE, seed=seed)
@@ -219,8 +220,17 @@ def test_global_widths_keep_every_promise(build: Build, ratio: float, floor: flo
             assert after % round_to == 0 or after == before
             assert after >= floor * before
             assert after >= min(before, round_to)
-        if floor <= 1 - ratio and round_to == 1 and name == "plain":
+        if round_to == 1 and name == "plain":
             assert plan.achieved == pytest.approx(ratio, abs=0.05)
+
+
+def test_a_floor_that_leaves_no_room_is_refused() -> None:
+    message = r"prune\.floor: expected at most the part of the channels that ratio leaves, 0\.1, got 0\.25"
+    with pytest.raises(ValueError, match=message):
+        PruneSpec(ratio=0.9, scope="global", floor=0.25)
+    assert PruneSpec(ratio=0.9, floor=0.25).floor == 0.25  # without effect where all layers lose the same
+    assert PruneSpec(ratio=0.0, scope="global", floor=1.0).ratio == 0
+    assert PruneSpec(ratio=0.9, scope="global", floor=0.1).floor == 0.1
 
 
 # --- one layer, and several steps
