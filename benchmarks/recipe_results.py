@@ -66,7 +66,6 @@ class Goal:
 REFERENCE = "R: dense, PGD-7, 15 epochs"
 GOALS = (
     Goal("half, 8 bits, 3 epochs", REFERENCE, 1.0),
-    Goal("half, 8 bits, 3 epochs, taught by the hardened network", REFERENCE, 1.0),
     Goal("quarter, 8 bits, 3 epochs", REFERENCE, 4.0),
     Goal("half, 4 bits, 3 epochs", "half, 8 bits, 3 epochs", 0.5),
     Goal("half, 2-bit weights, 4-bit activations, 5 epochs", "half, 8 bits, 5 epochs", 2.0),
@@ -74,7 +73,7 @@ GOALS = (
     Goal("half, 1-bit weights, 4-bit activations, 10 epochs", "half, 8 bits, 10 epochs", 8.0),
     Goal("quarter, 4 bits, 5 epochs", REFERENCE, 5.0),
 )
-CHEAP, SHARE = GOALS[:2], 0.1
+CHEAP, SHARE = GOALS[:1], 0.1
 """Rows whose training may take so small a part of the reference's multiply-adds at most."""
 
 
