@@ -137,7 +137,7 @@ def test_keys_may_be_written_without_quotes(tmp_path):
     trial, other = expand(load_sweep(tmp_path / "x.toml", overrides=["finetune.lr=0.5", "evaluate.n=9"]))
     finetune = trial.recipe.finetune
     assert (trial.point["bits"], trial.recipe.quantize.weight_bits, trial.recipe.evaluate.n) == ("low", 2, 9)
-    assert (finetune.epochs, finetune.lr, finetune.batch_size) == (7, 0.5, 32), "the rest is the preset's"
+    assert (finetune.epochs, finetune.lr, finetune.rel_eps) == (7, 0.5, 1.08), "the rest is the preset's"
     assert (trial.recipe.prune.ratio, other.recipe.prune.ratio, other.recipe.prune.importance) == (0.25, 0.5, "l2")
     with pytest.raises(RecipeError, match="expected key=value"):
         load_sweep(tmp_path / "x.toml", overrides=["finetune.lr"])
