@@ -234,7 +234,7 @@ def test_a_judge_that_is_the_network_changes_nothing(task, threat, ledger):
 def test_fooled_means_that_the_file_is_fooled(task, threat):
     """A coarser file than its twin: every adversarial verdict must be the file's."""
     model, data = task
-    file = quantize(model, QuantizeSpec(weight_bits=3, activation_bits=3), data.pixels())
+    file = quantize(model, QuantizeSpec(weight_bits=3, activation_bits=3, edge_bits=3), data.pixels())
     found = evaluate(
         Target(model, File(lambda images: predict(file, images).argmax(1))), data, [parse_attack("pgd-5")], threat
     )
@@ -245,7 +245,7 @@ def test_fooled_means_that_the_file_is_fooled(task, threat):
         data.pixels(right),
         data.labels[right],
         threat,
-        indices=right,
+        indices=names_of(data.pixels(right)),
         judge=lambda images: predict(file, images).argmax(1),
     )
     fooled_file = predict(file, result.adversarial).argmax(1) != data.labels[right]

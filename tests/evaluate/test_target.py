@@ -54,7 +54,7 @@ def same(first, second) -> bool:
 @pytest.fixture(scope="module")
 def rounded(task):
     model, data = task
-    return quantize(model, QuantizeSpec(weight_bits=3, activation_bits=3), data.pixels())
+    return quantize(model, QuantizeSpec(weight_bits=3, activation_bits=3, edge_bits=3), data.pixels())
 
 
 @pytest.fixture(scope="module")
