@@ -115,9 +115,8 @@ def sweep(path: Path) -> str:
     with path.open(encoding="utf-8", newline="") as file:
         rows = sorted(csv.DictReader(file), key=lambda row: -float(row["robust:worst_case"]))
     apart = ("transfer", "worst_case", "low", "high")
-    attacks = [
-        name for key in rows[0] for kind, _, name in [key.partition(":")] if kind == "robust" and name not in apart
-    ]
+    columns = [key.removeprefix("robust:") for key in rows[0] if key.startswith("robust:")]
+    attacks = [name for name in columns if name not in apart]
     said = ", ".join(name.replace("pgd", "PGD").replace("autoattack", "AutoAttack") for name in attacks)
     lines = [f"| variant | clean % | {said}, worst case % | 95 % | training, 10¹² MACs |", "|---|---:|---:|---|---:|"]
     for row in rows:

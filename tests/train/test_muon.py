@@ -85,6 +85,16 @@ def test_a_step_turns_filters_by_lr_and_keeps_their_norm(layers):
     assert (after - before).norm() / before.norm() == pytest.approx(0.1, rel=0.15)
 
 
+def test_computed_and_shared_weights(layers):
+    hidden, last = layers[3], layers[5]
+    nn.utils.parametrizations.weight_norm(hidden)
+    assert [weight is layers[0].weight for weight in turned(layers)] == [True]
+    twice = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), last)
+    twice[1].weight = twice[0].weight
+    assert [weight is twice[0].weight for weight in turned(twice)] == [True]
+    assert all(torch.isfinite(found).all() for found in stepped(layers, "muon").values())
+
+
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 def test_the_scale_of_a_gradient_does_not_matter(scale):
     torch.manual_seed(0)

@@ -33,12 +33,15 @@ def make_optimizer(network: nn.Module, spec: TrainSpec) -> torch.optim.SGD:
 
 
 def turned(network: nn.Module) -> list[nn.Parameter]:
-    """What Muon turns: the weights of convolutions and linear layers, but not of the last one, whose rows are the
-    classes and whose size is the scale of the logits.
+    """What Muon turns: the weights of convolutions and linear layers, but not of the last one that ``network`` names,
+    whose rows are the classes and whose size is the scale of the logits. Weights that are computed from others (by a
+    parametrization) are no parameters, and left to SGD.
     """
     layers = [part for part in network.modules() if isinstance(part, nn.Conv2d | nn.Linear | QuantizedLayer)]
-    weights = [layer.get_parameter("weight") for layer in layers]
-    return [weight for weight in weights if weight.requires_grad][:-1]
+    own = [
+        parameter for layer in layers for name, parameter in layer.named_parameters(recurse=False) if name == "weight"
+    ]
+    return [weight for weight in dict.fromkeys(own) if weight.requires_grad][:-1]
 
 
 def _parameter_groups(network: nn.Module, weight_decay: float, turning: list[nn.Parameter]) -> list[dict[str, object]]:
