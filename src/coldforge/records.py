@@ -140,6 +140,9 @@ class StageRecord(RecordModel):
     """Attack name to fraction; and worst_case: right when clean and under every attack run."""
     robust_n: dict[str, int]
     robust_ci95: dict[str, tuple[float, float]]
+    robust_accuracy_8bit: dict[str, float] = {}
+    """The same where each image that was found counts only if it still fools with its pixels rounded to 8 bits, inside
+    the ball. Nothing was searched among 8-bit images, so that this is a looser upper bound. Empty in older records."""
     per_class: dict[str, dict[str, float]]
     """Class name to {"n", "clean", "worst_case"}."""
     latency_s: tuple[LatencyRecord, ...] = ()
@@ -247,6 +250,9 @@ class EvaluationRecord(RecordModel):
     are ``unfinished``."""
     robust_n: dict[str, int]
     robust_ci95: dict[str, tuple[float, float]]
+    robust_accuracy_8bit: dict[str, float] = {}
+    """The same where each image that was found counts only if it still fools with its pixels rounded to 8 bits, inside
+    the ball. Nothing was searched among 8-bit images, so that this is a looser upper bound. Empty in older records."""
     broken: dict[str, int]
     """Attack name, or worst_case, to how many images that were right when clean it made wrong."""
     broken_by: dict[str, dict[str, int]] = {}

@@ -157,6 +157,9 @@ def test_pitfall_21_adversarial_images_are_kept_in_full(task: Task, tmp_path: Pa
     kept = load_file(path)["adversarial"]
     assert torch.equal(kept, last)
     assert torch.equal(predict(model, kept).argmax(1), answers)
+    in_8_bits = tight.rounded(last, clean)
+    assert tight.contains(in_8_bits, clean).all()
+    assert torch.equal(in_8_bits, (in_8_bits * 255).round().to(torch.uint8).float() / 255)
 
 
 @pytest.mark.parametrize("name", ["pgd-3", "apgd-t-3", "fab-t-3", "square-10", "autoattack-lite"])

@@ -52,6 +52,37 @@ def test_random_starts_fill_the_ball(norm: str) -> None:
     assert abs(float((sizes < 0.15).float().mean()) - 0.25) < 0.03  # a quarter of the area lies within half the radius
 
 
+@given(models, st.integers(0, 2**31), st.floats(0, 0.5))
+def test_8_bit_points_are_inside_and_for_linf_the_nearest(tm: ThreatModel, seed: int, spread: float) -> None:
+    clean = (images(seed) * 255).round() / 255
+    points = tm.project(images(seed, spread), clean)
+    rounded = tm.rounded(points, clean)
+    steps = rounded * 255
+    torch.testing.assert_close(steps, steps.round(), atol=1e-4, rtol=0)
+    assert steps.min() >= 0
+    assert steps.max() <= 255
+    assert tm.contains(rounded, clean).all()
+    assert torch.equal(tm.rounded(rounded, clean), rounded)
+    nearest = points.clamp(0, 1)
+    distance = (rounded - nearest).abs()
+    assert distance.max() < 1 / 255
+    if tm.norm == "linf":  # slow twin: of all 256 levels, those inside the ball, the nearest
+        levels = torch.arange(256) / 255
+        apart = (nearest[..., None] - levels).abs()
+        apart[(levels - clean[..., None]).abs() > tm.eps + 1e-6] = torch.inf
+        torch.testing.assert_close(distance, apart.amin(-1), atol=1e-5, rtol=0)
+
+
+def test_8_bit_points_are_rounded_and_not_cut_off() -> None:
+    tm = ThreatModel("linf", 8 / 255)
+    clean = torch.full((1, 1, 1, 3), 100 / 255)
+    points = torch.tensor([[[[107.6, 92.4, 107.99999]]]]) / 255
+    assert (tm.rounded(points, clean) * 255).round().flatten().tolist() == [108, 92, 108]
+    between = ThreatModel("linf", 0.1)  # 25.5 steps: the ball ends between two levels
+    edges = clean + torch.tensor([0.1, -0.1, 0.0])
+    assert (between.rounded(edges, clean) * 255).round().flatten().tolist() == [125, 75, 100]
+
+
 @given(models, st.integers(0, 2**31), st.floats(1e-3, 1))
 def test_a_step_has_its_length(tm: ThreatModel, seed: int, length: float) -> None:
     gradient = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(seed))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from coldforge.attacks import parse_attack, predict
 from coldforge.compress import ActivationQuantizer, QuantizedLayer, attacking, quantize
+from coldforge.data import ImageSet
 from coldforge.errors import AttackError
 from coldforge.evaluate import Ledger, Target, evaluate, summarize, wilson_interval
 from coldforge.evaluate.ledger import Row
@@ -35,12 +36,14 @@ def slow_ledger(model, data, attacks, threat, n, seed):
         row = {"label": int(label), "answer": answer}
         for attack in attacks if index < n else ():
             if answer != int(label):
-                row[attack.name] = (True, -1, -1, 0)
+                row[attack.name] = (True, -1, -1, 0, True)
                 continue
             result = attack(model, image, label, threat, seed=seed, indices=names_of(image))
             row[attack.name] = tuple(
                 column.item() for column in (result.fooled, result.step, result.restart, result.queries)
             )
+            rounded = predict(model, threat.rounded(result.adversarial, image)).argmax(1) != label
+            row[attack.name] += (bool(result.fooled) and bool(rounded),)
         rows.append(row)
     return rows
 
@@ -61,7 +64,13 @@ def test_the_ledger_equals_its_slow_twin(task, threat):
     assert found.labels.tolist() == [row["label"] for row in rows]
     assert found.answers.tolist() == [row["answer"] for row in rows]
     for name in NAMES:
-        columns = (found.fooled[name], found.step[name], found.restart[name], found.queries[name])
+        columns = (
+            found.fooled[name],
+            found.step[name],
+            found.restart[name],
+            found.queries[name],
+            found.rounded[name],
+        )
         assert list(zip(*(column.tolist() for column in columns), strict=True)) == [row[name] for row in rows[:30]]
     # and the task shows every kind of row
     assert 0 < int((~found.right).sum()) < 20
@@ -69,10 +78,31 @@ def test_the_ledger_equals_its_slow_twin(task, threat):
     robust = summarize(found, data.classes)
     for name in NAMES:
         assert robust.robust_accuracy[name] == sum(not row[name][0] for row in rows[:30]) / 30
+        assert robust.robust_accuracy_8bit[name] == sum(not row[name][-1] for row in rows[:30]) / 30
     assert (
         robust.robust_accuracy["worst_case"] == sum(not any(row[name][0] for name in NAMES) for row in rows[:30]) / 30
     )
+    in_8_bits = sum(not any(row[name][-1] for name in NAMES) for row in rows[:30]) / 30
+    assert robust.robust_accuracy_8bit["worst_case"] == in_8_bits
     assert robust.clean_accuracy == sum(row["label"] == row["answer"] for row in rows) / 40
+
+
+class Even(torch.nn.Module):
+    """Class 1 where any pixel is no whole step of 8 bits: to be fooled by what no 8-bit image can hold."""
+
+    def forward(self, images):
+        steps = 255 * images.flatten(1)
+        off = (steps - steps.detach().round()).abs().amax(1)
+        return torch.stack([0.1 - off, off - 0.1], 1)
+
+
+@pytest.mark.parametrize("precision", ["exact", "fp32"])
+def test_what_fools_only_between_two_8_bit_levels_is_said(task, threat, precision):
+    _, data = task
+    data = ImageSet(data.images[:9], torch.zeros(9, dtype=torch.int64), ("a", "b"))
+    found = summarize(evaluate(Target(Even()), data, ATTACKS, threat, precision=precision), data.classes)
+    assert found.robust_accuracy["worst_case"] == 0
+    assert found.robust_accuracy_8bit == dict.fromkeys([*NAMES, "worst_case"], 1.0)
 
 
 def test_wrong_when_clean_is_not_attacked_and_not_robust(ledger):
@@ -258,7 +288,7 @@ def test_fooled_means_that_the_file_is_fooled(task, threat):
 
 def by_hand(labels, answers, **fooled):
     columns = {name: torch.tensor(column, dtype=torch.bool) for name, column in fooled.items()}
-    return Ledger(torch.tensor(labels), torch.tensor(answers), columns)
+    return Ledger(torch.tensor(labels), torch.tensor(answers), columns, rounded=columns)
 
 
 def test_the_worst_case_is_point_wise():
@@ -342,13 +372,13 @@ def test_parquet_holds_every_image(task, threat, tmp_path):
     assert table["clean_answer"] == found.answers.tolist()
     assert table["clean_right"] == found.right.tolist()
     for name in NAMES:
-        for what in ("fooled", "step", "restart", "queries"):
+        for what in ("fooled", "step", "restart", "queries", "rounded"):
             assert table[f"{name}:{what}"] == getattr(found, what)[name].tolist() + [None] * 15
         margins = table[f"{name}:margin"]
         assert margins[25:] == [None] * 15
         for read, kept in zip(margins, found.margin[name].tolist(), strict=False):
             assert read == kept or (math.isnan(read) and math.isnan(kept))
-    assert len(table) == 5 + 9 * len(NAMES)
+    assert len(table) == 5 + 10 * len(NAMES)
 
 
 @pytest.mark.parametrize("margins", [(math.nan, 0.5), (0.5, math.nan)])
@@ -357,6 +387,6 @@ def test_a_margin_that_was_no_number_is_remembered(margins):
     ledger = Ledger(torch.tensor([0]), torch.tensor([0]), {}, seed=0)
     ledger.open("pgd-5", 1)
     for margin in margins:
-        row = Row(False, -1, -1, 1, math.nan, margin, False)
+        row = Row(False, -1, -1, 1, math.nan, margin, disputed=False, rounded=False)
         ledger.enter("pgd-5", 0, row, "pgd-5", last=False)
     assert math.isnan(ledger.margin["pgd-5"][0])

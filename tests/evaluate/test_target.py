@@ -22,7 +22,7 @@ from coldforge.evaluate.target import Ways
 from coldforge.recipe import QuantizeSpec
 
 ATTACKS = [parse_attack("pgd-5"), parse_attack("autoattack-lite")]
-COLUMNS = ("fooled", "step", "restart", "queries", "norm", "margin", "by", "finished", "disputed")
+COLUMNS = ("fooled", "step", "restart", "queries", "norm", "margin", "by", "finished", "disputed", "rounded")
 
 
 class File:

@@ -69,6 +69,7 @@ def sample(**changes: Any) -> EvaluationRecord:
         "robust_accuracy": {name: count / ATTACKED for name, count in standing.items()},
         "robust_n": dict.fromkeys(standing, ATTACKED),
         "robust_ci95": {name: wilson_interval(count, ATTACKED) for name, count in standing.items()},
+        "robust_accuracy_8bit": {"worst_case": 0.7123},
         "broken": {name: RIGHT - count for name, count in standing.items()},
         "broken_by": {
             "fgsm": {"clipped": 4, "pass_through": 70},
@@ -285,6 +286,12 @@ def test_images_that_fooled_only_the_search_are_told() -> None:
     assert "3 images fooled the network on which the attacks searched and not the file" in Page(
         render_evaluation(sample(disputed={"pgd-20": 3}))
     ).text  # fmt: skip
+
+
+def test_what_is_left_of_the_images_found_in_8_bits_is_told() -> None:
+    said = "Saved as 8-bit images inside the ball, the adversarial images found leave 71.2 % in place of 70.9 %"
+    assert said in Page(render_evaluation(sample())).text
+    assert "8-bit images" not in Page(render_evaluation(sample(robust_accuracy_8bit={}))).text
 
 
 # --- the page in a browser -------------------------------------------------------------------------------------------

@@ -218,6 +218,15 @@ def test_an_unchecked_robust_accuracy_says_so(make_record: Make) -> None:
     assert not any("Not checked" in line for line in footnotes(make_record()))
 
 
+def test_what_is_left_of_the_images_found_in_8_bits_is_said(make_record: Make) -> None:
+    record = changed(make_record(), "artifact", robust_accuracy_8bit={"pgd-20": 0.9, "worst_case": 0.8})
+    found = next(line for line in footnotes(record) if "8-bit" in line)
+    worst = record.stage("artifact").robust_accuracy["worst_case"]  # type: ignore[union-attr]
+    assert found.startswith("The artifact's file: saved as 8-bit images inside the ball, the adversarial images found ")
+    assert f"leave 80.0 % in place of {100 * worst:.1f} % (worst case)" in found
+    assert not any("8-bit" in line for line in footnotes(make_record())), "older records do not know"
+
+
 @pytest.mark.parametrize(("arm", "label"), [("adversarial", "adversarially tuned"), ("natural", "naturally tuned")])
 def test_the_network_of_a_suspect_file_is_suspect(
     arm: str, label: str, make_record: Make, masking_suspect: MaskingRecord

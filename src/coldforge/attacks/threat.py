@@ -13,6 +13,9 @@ from coldforge.recipe import ThreatModelSpec
 
 TOLERANCE = 1e-6
 """Room for float32 rounding when a finished perturbation is checked against the ball and the box."""
+_LEVELS = 255
+_SLACK = 1e-3
+"""Steps of an 8-bit pixel that float32 may be away from a whole number of them."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,20 @@ class ThreatModel:
             norms = self.size(delta).clamp_min(1e-12).view(-1, *[1] * (delta.ndim - 1))
             points = clean + delta * (self.eps / norms).clamp_max(1.0)
         return points.clamp(0.0, 1.0) if self.box else points
+
+    def rounded(self, points: Tensor, clean: Tensor) -> Tensor:
+        """Points as an 8-bit image can hold them, multiples of 1/255 in [0, 1]: for linf the nearest ones inside the
+        ball; for l2 each pixel is rounded towards the clean one, so that the perturbation only shrinks. Both stay
+        inside the ball if the clean images are 8-bit images.
+        """
+        steps = points.double() * _LEVELS
+        if self.norm == "linf":
+            lowest = ((clean.double() - self.eps) * _LEVELS - _SLACK).ceil()
+            highest = ((clean.double() + self.eps) * _LEVELS + _SLACK).floor()
+            steps = steps.round().clamp(lowest, highest)
+        else:
+            steps = torch.where(points > clean, (steps + _SLACK).floor(), (steps - _SLACK).ceil())
+        return (steps.clamp(0, _LEVELS) / _LEVELS).to(points.dtype)
 
     def step(self, gradient: Tensor, length: float | Tensor) -> Tensor:
         """Steepest ascent of ``length`` (pixel units; one number, or one for each image as ``(N, 1, 1, 1)``) in this

@@ -39,6 +39,7 @@ class Ledger:
     by: dict[str, list[str]] = field(default_factory=dict)  # part of an ensemble and way, such as "square on the file"
     finished: dict[str, Tensor] = field(default_factory=dict)  # (m,) bool: fooled, or stood to the end
     disputed: dict[str, Tensor] = field(default_factory=dict)  # (m,) bool: fooled the search, not who judges
+    rounded: dict[str, Tensor] = field(default_factory=dict)  # (m,) bool: fooled, and with 8-bit pixels, too
     seed: int = 0
 
     @property
@@ -52,15 +53,18 @@ class Ledger:
         counts = {attack: int((~finished).sum()) for attack, finished in self.finished.items()}
         return {attack: count for attack, count in counts.items() if count}
 
-    def survived(self, attack: str) -> Tensor:
-        """(m,) bool: right when clean and under that attack; ``"worst_case"``: under every attack run."""
+    def survived(self, attack: str, *, rounded: bool = False) -> Tensor:
+        """(m,) bool: right when clean and under that attack; ``"worst_case"``: under every attack run. ``rounded``:
+        what the attack found is rounded to 8-bit pixels before it counts.
+        """
+        columns = self.rounded if rounded else self.fooled
         if attack != WORST_CASE:
-            return ~self.fooled[attack]
-        if not self.fooled:
+            return ~columns[attack]
+        if not columns:
             return self.right
-        part = min(len(fooled) for fooled in self.fooled.values())
+        part = min(len(fooled) for fooled in columns.values())
         survived = self.right[:part].clone()
-        for fooled in self.fooled.values():
+        for fooled in columns.values():
             survived &= ~fooled[:part]
         return survived
 
@@ -70,6 +74,7 @@ class Ledger:
         self.fooled[attack] = ~right
         self.finished[attack] = ~right
         self.disputed[attack] = torch.zeros(count, dtype=torch.bool)
+        self.rounded[attack] = ~right
         self.step[attack] = torch.full((count,), -1)
         self.restart[attack] = torch.full((count,), -1)
         self.queries[attack] = torch.zeros(count, dtype=torch.int64)
@@ -93,6 +98,7 @@ class Ledger:
         self.finished[attack][image] = row.fooled or last
         if row.fooled:
             self.fooled[attack][image] = True
+            self.rounded[attack][image] = row.rounded
             self.step[attack][image], self.restart[attack][image] = row.step, row.restart
             self.norm[attack][image] = row.norm
             self.by[attack][image] = by
@@ -115,7 +121,7 @@ class Ledger:
             "seed": [self.seed] * n,
         }
         for attack in self.fooled:
-            for what in ("fooled", "step", "restart", "queries", "norm", "margin", "finished", "disputed"):
+            for what in ("fooled", "step", "restart", "queries", "norm", "margin", "finished", "disputed", "rounded"):
                 values = getattr(self, what)[attack].tolist() if attack in getattr(self, what) else []
                 columns[f"{attack}:{what}"] = values + [None] * (n - len(values))
             broken_by = self.by.get(attack, [])
@@ -134,18 +140,21 @@ class Row:
     norm: float
     margin: float
     disputed: bool
+    rounded: bool
 
     @classmethod
-    def of(cls, result: AttackResult, position: int, norm: float) -> Row:
-        """From an attack's result; ``norm`` is that of the perturbation."""
+    def of(cls, result: AttackResult, position: int, norm: float, rounded: bool) -> Row:
+        """From an attack's result; ``norm``: of the perturbation; ``rounded``: whether 8-bit pixels fool, too."""
+        fooled = bool(result.fooled[position])
         return cls(
-            fooled=bool(result.fooled[position]),
+            fooled=fooled,
             step=int(result.step[position]),
             restart=int(result.restart[position]),
             queries=int(result.queries[position]),
-            norm=norm,
+            norm=norm if fooled else float("nan"),
             margin=float(result.margin[position]),
             disputed=bool(result.disputed[position]),
+            rounded=rounded,
         )
 
 
@@ -217,17 +226,19 @@ class Robustness:
     robust_accuracy: dict[str, float]
     robust_n: dict[str, int]
     robust_ci95: dict[str, tuple[float, float]]
+    robust_accuracy_8bit: dict[str, float]
     per_class: dict[str, dict[str, float]]
 
 
 def summarize(ledger: Ledger, classes: Sequence[str]) -> Robustness:
     """Fractions, counts, Wilson intervals, and accuracy per class."""
-    robust_accuracy, robust_n, robust_ci95 = {}, {}, {}
+    robust_accuracy, robust_n, robust_ci95, rounded = {}, {}, {}, {}
     for attack in [*ledger.fooled, WORST_CASE]:
         survived = ledger.survived(attack)
         robust_n[attack] = len(survived)
         robust_accuracy[attack] = int(survived.sum()) / len(survived)
         robust_ci95[attack] = wilson_interval(int(survived.sum()), len(survived))
+        rounded[attack] = int(ledger.survived(attack, rounded=True).sum()) / len(survived)
     worst = ledger.survived(WORST_CASE)
     per_class = {}
     for index, name in enumerate(classes):
@@ -241,4 +252,5 @@ def summarize(ledger: Ledger, classes: Sequence[str]) -> Robustness:
                 "worst_case": float(worst[attacked].double().mean()),
             }
     right, n = int(ledger.right.sum()), len(ledger.labels)
-    return Robustness(n, right / n, wilson_interval(right, n), robust_accuracy, robust_n, robust_ci95, per_class)
+    clean = right / n, wilson_interval(right, n)
+    return Robustness(n, *clean, robust_accuracy, robust_n, robust_ci95, rounded, per_class)

@@ -208,22 +208,35 @@ def _run(
     if not len(left):
         return
     clean = images[left]
+    waiting: list[int] = []
     flushed = time.monotonic()
 
-    def keep(result: AttackResult, positions: list[int]) -> None:
+    def settle(result: AttackResult) -> None:
+        """Enter what waits, tiles of images at a time."""
         nonlocal flushed
-        norms = threat_model.size(result.adversarial[positions] - clean[positions]).tolist()
-        for position, norm in zip(positions, norms, strict=True):
-            row = Row.of(result, position, norm if bool(result.fooled[position]) else float("nan"))
+        norms = threat_model.size(result.adversarial[waiting] - clean[waiting])
+        fooled = [position for position in waiting if result.fooled[position]]
+        rounded = torch.zeros(len(clean), dtype=torch.bool)
+        if fooled:
+            points = threat_model.rounded(result.adversarial[fooled], clean[fooled])
+            wrong = way.answers(points) != ledger.labels[left[fooled]]
+            rounded[fooled] = wrong & threat_model.contains(points, clean[fooled])
+        for position, norm in zip(waiting, norms.tolist(), strict=True):
+            row = Row.of(result, position, norm, bool(rounded[position]))
             image = int(left[position])
             enter(image, row)
             journal.add(what, image, row)
+        journal.flush()
+        waiting.clear()
+        flushed = time.monotonic()
+
+    def keep(result: AttackResult, positions: list[int]) -> None:
+        waiting.extend(positions)
         if time.monotonic() - flushed > _FLUSH_SECONDS:
-            flushed = time.monotonic()
-            journal.flush()
+            settle(result)
 
     with way.context():
-        attack_all(
+        result = attack_all(
             attack,
             way.model,
             clean,
@@ -236,4 +249,4 @@ def _run(
             on_done=keep,
             stop=lambda: time.monotonic() > deadline,
         )
-    journal.flush()
+        settle(result)

@@ -161,6 +161,9 @@ def footnotes(record: EvaluationRecord) -> list[str]:
             f"{disputed:,} image{'' if disputed == 1 else 's'} fooled the network on which the attacks searched and "
             f"not the {judge}, which has the last word: not broken."
         )
+    if WORST in record.robust_accuracy_8bit:
+        found = text.in_8_bits(record.robust_accuracy[WORST], record.robust_accuracy_8bit[WORST])
+        lines.append(f"{found[0].upper()}{found[1:]}")
     if "autoattack-lite" in record.attacks:
         lines.append(text.LITE)
     return lines

@@ -218,6 +218,10 @@ def footnotes(record: Record) -> list[str]:
         if not threat.box or "paper" in str(record.recipe.get("name", "")):
             lines.append(text.paper_eps(threat.eps))
         lines += [note for name, note in text.ATTACK_NOTES.items() if name in attacks(record)]
+    artifact = record.stage("artifact")
+    if artifact is not None and WORST in artifact.robust_accuracy_8bit:
+        found = text.in_8_bits(artifact.robust_accuracy[WORST], artifact.robust_accuracy_8bit[WORST])
+        lines.append(f"The artifact's file: {found}")
     if any(stage.latency_s for stage in record.stages):
         eager = (base := record.stage("baseline")) is not None and any(is_eager(row) for row in base.latency_s)
         against = "the baseline in eager PyTorch" if eager else "the baseline in the same runtime"

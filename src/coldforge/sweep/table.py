@@ -113,6 +113,8 @@ def flat(stage: dict[str, Any]) -> Row:
             case "robust_ci95":
                 low, high = value.get("worst_case", (math.nan, math.nan))
                 row |= {"robust:low": low, "robust:high": high}
+            case "robust_accuracy_8bit":
+                row["robust_8bit:worst_case"] = value.get("worst_case")
             case "pruning_ratio":
                 row |= {f"pruning_ratio:{part}": ratio for part, ratio in value.items()}
             case "latency_s":
