@@ -10,6 +10,10 @@ is kept in results/recipes/, a file for each network, image by image, so that di
 seeds, or of another day, adds to it. The folders of the seeds named by --keep go to results/artifacts/ before, so that
 anybody can attack them, as the next call of this does, with or without a sweep, where they were not attacked yet.
 
+The same networks also meet the attacks of the code of arXiv 2403.09441, as it uses them: FGSM and PGD-20 from the image
+in steps of 0.005, eps 0.05 of the pixel range (which it writes as 0.1, of inputs in [-1, 1]), on the first 2,000 test
+images, but inside the box, and every iterate counts. They were trained for twice that eps.
+
 A network is skipped when it was attacked like that already; an attack that was stopped goes on with the image where it
 stopped. --only takes beginnings of labels, and seeds. The ensemble takes half an hour or more a network at one thread
 (`seconds` of the records).
@@ -47,6 +51,7 @@ from coldforge.sweep.table import load_results
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, ARTIFACTS = ROOT / "results" / "recipes", ROOT / "results" / "artifacts"
 ATTACK = "autoattack"
+PAPER_ATTACKS, PAPER_EPS, PAPER_N = ("fgsm", "pgd-20-paper"), "0.05", 2000
 KEPT = ("record.json", "recipe.toml", "model.onnx", "model/model.safetensors", "model/structure.json")
 """Of a folder of `coldforge run`, what an attack needs."""
 WHICH = "row.json"
@@ -132,7 +137,7 @@ def keep(network: Network) -> None:
 
 def is_attacked(network: Network, n: int) -> bool:
     """Whether there is a record of this network, with at least so many images."""
-    path = RESULTS / f"{network.name}.json"
+    path = _path(network)
     if not path.is_file():
         return False
     old = json.loads(path.read_text(encoding="utf-8"))
@@ -151,8 +156,40 @@ def attack(network: Network, out: Path, *, n: int, threads: int) -> Found:
     ]  # wrong when clean counts, too
     found = _found(network, evaluation, ~torch.tensor(columns, dtype=torch.bool).any(0))
     RESULTS.mkdir(parents=True, exist_ok=True)
-    write_atomic(RESULTS / f"{network.name}.json", json.dumps(found, indent=1) + "\n")
+    _write(network, found)
     return found
+
+
+def _path(network: Network) -> Path:
+    return RESULTS / f"{network.name}.json"
+
+
+def _write(network: Network, found: Found) -> None:
+    write_atomic(_path(network), json.dumps(found, indent=1) + "\n")
+
+
+def attack_as_the_paper(network: Network, out: Path, *, threads: int) -> bool:
+    """Add what the paper's attacks leave to what is kept of a network; False if that is there, or nothing is kept."""
+    found = json.loads(_path(network).read_text(encoding="utf-8")) if _path(network).is_file() else {}
+    if found.get("trial") != network.trial or "paper" in found:
+        return False
+    request = Request(
+        attack=PAPER_ATTACKS, eps=PAPER_EPS, n=PAPER_N, threads=threads, seed=network.seed, no_masking=True
+    )
+    evaluation = evaluate_path(network.folder, request, out=out)
+    _write(network, found | {"paper": _paper(evaluation)})
+    return True
+
+
+def _paper(evaluation: EvaluationRecord) -> Found:
+    return {
+        "eps": evaluation.threat_model.eps,
+        "n": evaluation.attacked.n,
+        "clean_accuracy": evaluation.attacked.clean_accuracy,
+        "robust_accuracy": evaluation.robust_accuracy,
+        "attacks": evaluation.attacks,
+        "seconds": evaluation.seconds,
+    }
 
 
 def _found(network: Network, evaluation: EvaluationRecord, stands: torch.Tensor) -> Found:
@@ -228,20 +265,42 @@ def difference(first: Sequence[Found], second: Sequence[Found]) -> tuple[float, 
 
 def table(folder: Path = RESULTS, data: str = "fashion-mnist") -> str:
     """All rows, and each goal with what became of it."""
-    rows: dict[str, list[Found]] = {}
-    for found in load(folder):
-        if found["data"] == data:
-            rows.setdefault(found["row"], []).append(found)
+    rows = _rows(folder, data)
     if not rows:
         return "*Not computed yet.*"
-    order = [REFERENCE, *(name for goal in GOALS for name in (goal.against, goal.row))]
-    names = sorted(rows, key=lambda name: (order.index(name) if name in order else len(order), name))
     lines = [
         "| network | seeds | clean % | worst case % | images broken by | masking | training, 10¹² MACs | packed |",
         "|---|---:|---:|---:|---|---|---:|---:|",
     ]
-    lines += [_line(name, rows[name]) for name in names]
+    lines += [_line(name, row) for name, row in rows.items()]
     return "\n".join([*lines, "", *_verdicts(rows)])
+
+
+def paper_table(folder: Path = RESULTS, data: str = "fashion-mnist") -> str:
+    """The rows under the paper's attacks."""
+    lines = [
+        "| network | seeds | clean % | FGSM % | PGD-20 of the paper % | worst case, transfer included % |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in _rows(folder, data).items():
+        papers = [found["paper"] for found in row if "paper" in found]
+        if papers:
+            columns = [[paper["robust_accuracy"][which] for paper in papers] for which in (*PAPER_ATTACKS, WORST_CASE)]
+            columns.insert(0, [paper["clean_accuracy"] for paper in papers])
+            cells = " | ".join(_spread([100 * value for value in values]) for values in columns)
+            lines.append(f"| {name} | {len(papers)} | {cells} |")
+    return "\n".join(lines) if len(lines) > 2 else "*Not computed yet.*"
+
+
+def _rows(folder: Path, data: str) -> dict[str, list[Found]]:
+    """What is kept of each row, the reference first, the others as their goals stand."""
+    rows: dict[str, list[Found]] = {}
+    for found in load(folder):
+        if found["data"] == data:
+            rows.setdefault(found["row"], []).append(found)
+    order = [REFERENCE, *(name for goal in GOALS for name in (goal.against, goal.row))]
+    names = sorted(rows, key=lambda name: (order.index(name) if name in order else len(order), name))
+    return {name: rows[name] for name in names}
 
 
 def _line(name: str, row: Sequence[Found]) -> str:
@@ -327,7 +386,10 @@ def main() -> None:
             found = attack(network, out, n=arguments.n, threads=arguments.threads)
             held = f"{ATTACK} {100 * found['robust_accuracy']:.1f} %"
             print(f"  {held}, {found['masking']}, {found['seconds']:.0f} s", flush=True)
-    print(table())
+        for network in networks.values():
+            if attack_as_the_paper(network, arguments.work / f"{network.name}-paper", threads=arguments.threads):
+                print(f"{network.name}: the paper's attacks", flush=True)
+    print(table(), paper_table(), sep="\n\n")
 
 
 if __name__ == "__main__":

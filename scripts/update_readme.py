@@ -41,7 +41,7 @@ def filled(text: str) -> str:
     """The page with every table made anew from its file."""
     kinds = {"table": stages, "clipping": clipping, "int4": int4, "goals": goals}
     kinds |= {"attack_parity": attack_parity, "attack_peers": attack_peers, "attack_speed": attack_speed}
-    kinds |= {"sweep": sweep, "recipe_results": recipe_results.table}
+    kinds |= {"sweep": sweep, "recipe_results": recipe_results.table, "recipe_paper": recipe_results.paper_table}
     kinds |= {"sweep_seconds": sweep_seconds, "sweep_sizes": sweep_sizes}
     kinds |= {"sweep_trials": sweep_trials, "sweep_workers": sweep_workers}
     kinds |= {kind: partial(benchmark, table) for kind, table in tables.TABLES.items()}

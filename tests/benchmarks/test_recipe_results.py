@@ -10,7 +10,7 @@ import pytest
 import recipe_results
 import torch
 from attacks_parity import to_hex
-from recipe_results import REFERENCE, Found, difference, slug, table, wanted
+from recipe_results import REFERENCE, Found, difference, paper_table, slug, table, wanted
 
 from coldforge.evaluate import paired_interval
 
@@ -77,6 +77,17 @@ def test_the_table_judges_goals(half: int, met: str, tmp_path: Path) -> None:
     assert table(tmp_path / "nothing") == "*Not computed yet.*"
 
 
+def test_the_table_of_the_papers_attacks_has_the_rows_that_met_them(tmp_path: Path) -> None:
+    robust = {"fgsm": 0.88, "pgd-20-paper": 0.85, "transfer": 0.9, "worst_case": 0.84}
+    papers = [{"clean_accuracy": 0.9 + seed / 100, "robust_accuracy": robust} for seed in (0, 1)]
+    rows = [found(HALF, [True], seed, paper=paper) for seed, paper in enumerate(papers)]
+    for number, row in enumerate([*rows, found(QUARTER, [True])]):
+        (tmp_path / f"{number}.json").write_text(json.dumps(row), encoding="utf-8")
+    lines = paper_table(tmp_path).splitlines()
+    assert lines[2:] == [f"| {HALF} | 2 | 90.5 ± 0.7 | 88.0 ± 0.0 | 85.0 ± 0.0 | 84.0 ± 0.0 |"]
+    assert paper_table(tmp_path / "nothing") == "*Not computed yet.*"
+
+
 def test_goals_and_the_sweep_have_the_same_rows() -> None:
     from coldforge.sweep import expand, load_sweep
 
@@ -123,6 +134,7 @@ def test_a_trial_becomes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setenv("COLDFORGE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(recipe_results, "ATTACK", "square-5")
+    monkeypatch.setattr(recipe_results, "PAPER_N", 6)
     for name in ("RESULTS", "ARTIFACTS"):
         monkeypatch.setattr(recipe_results, name, tmp_path / name.lower())
     (tmp_path / "tiny.toml").write_text(SWEEP, encoding="utf-8")
@@ -145,6 +157,8 @@ def test_a_trial_becomes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert stands.mean() == row["robust_accuracy"]
     assert row["train_macs"] > 0
     assert row["masking"] in ("ok", "suspect")
+    assert row["paper"]["n"] == 6
+    assert {*recipe_results.PAPER_ATTACKS, "worst_case"} <= row["paper"]["robust_accuracy"].keys()
     words = ["evaluate", str(artifact), "--out", str(tmp_path / "evaluation"), "--attack", "square-5", "--n", "5"]
     assert main([*words, "--no-masking", "--quiet"]) == 0
     monkeypatch.setattr(recipe_results, "evaluate_path", lambda *_, **__: pytest.fail("attacked again"))
