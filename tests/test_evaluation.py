@@ -440,7 +440,13 @@ def test_an_evaluation_leaves_a_record_that_is_its_ledger(
     assert record.robust_accuracy["worst_case"] == sum(standing) / 12
     assert record.broken["worst_case"] == sum(right[:12]) - sum(standing) > 0
     assert (record.unfinished, record.budget_s) == ({}, 0.0)
-    assert [step.label for step in spy.steps] == spy.begun == ["attack", "masking checks"]
+    comparing = ["file and twin"] if what == "folder" else []
+    if comparing:
+        assert record.agreement is not None
+        assert min(record.agreement.clean, record.agreement.adversarial) > 0.9
+    else:
+        assert record.agreement is None
+    assert [step.label for step in spy.steps] == spy.begun == ["attack", *comparing, "masking checks"]
     assert record.masking == OK
     assert len(panel[0]["images"]) == (60 if what == "folder" else 200)
 
@@ -587,8 +593,8 @@ def test_results_do_not_overwrite_those_of_a_run(files: Files) -> None:
 def test_the_plan_is_bounded_by_the_budget(files: Files, tmp_path: Path, panel: list[dict[str, Any]]) -> None:
     spy = Spy()
     evaluate_path(files.folder, Request(**QUICK, budget="0.0001s", no_masking=True), out=tmp_path, progress=spy)
-    (step,) = spy.steps
-    assert step.estimate_s == 0.0001
+    step, comparing = spy.steps
+    assert (step.estimate_s, comparing.label) == (0.0001, "file and twin")
 
 
 def test_load_evaluation_refuses_what_is_none(tmp_path: Path) -> None:

@@ -259,6 +259,9 @@ class EvaluationRecord(RecordModel):
     """The same, split by what did it: part of an ensemble and way, such as "square-500 on the file"."""
     disputed: dict[str, int] = {}
     """Attack name to how many images fooled the network it searched on and not the file, which has the last word."""
+    agreement: AgreementRecord | None = None
+    """With the network beside a file: on all clean test images, and on the last PGD-20 iterates of at most 1,000
+    attacked ones. None for a network or a file alone, and in older records."""
     unfinished: dict[str, int] = {}
     """Attack name to how many images the budget did not let it finish; they count as robust."""
     per_class: dict[str, dict[str, float]]

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from coldforge.evaluate import wilson_interval
 from coldforge.records import (
+    AgreementRecord,
     AttackedRecord,
     EvaluationRecord,
     MaskingCheckRecord,
@@ -286,6 +287,14 @@ def test_images_that_fooled_only_the_search_are_told() -> None:
     assert "3 images fooled the network on which the attacks searched and not the file" in Page(
         render_evaluation(sample(disputed={"pgd-20": 3}))
     ).text  # fmt: skip
+
+
+def test_how_often_file_and_twin_agree_is_told() -> None:
+    good = Page(render_evaluation(sample(agreement=AgreementRecord(clean=0.9999, adversarial=0.996)))).text
+    assert "beside it on 99.99 % of the clean images and 99.60 % of PGD-20's last iterates." in good
+    poor = Page(render_evaluation(sample(agreement=AgreementRecord(clean=0.9999, adversarial=0.99)))).text
+    assert "99.00 % of PGD-20's last iterates; at least 99.5 % of each was expected: gradients of this network" in poor
+    assert "beside it" not in Page(render_evaluation(sample())).text
 
 
 def test_what_is_left_of_the_images_found_in_8_bits_is_told() -> None:

@@ -1,6 +1,7 @@
 """Evaluation: accuracy, robustness, and what can be said about both."""
 
 from coldforge.evaluate.fast import Precision, fast_copy
+from coldforge.evaluate.flips import Answers, ask_both
 from coldforge.evaluate.ledger import WORST_CASE, Ledger, Robustness, summarize
 from coldforge.evaluate.masking import masking_panel
 from coldforge.evaluate.robustness import evaluate, find_adversarial
@@ -12,11 +13,13 @@ __all__ = [
     "TRANSFER",
     "TRANSFER_ATTACK",
     "WORST_CASE",
+    "Answers",
     "Deployed",
     "Ledger",
     "Precision",
     "Robustness",
     "Target",
+    "ask_both",
     "chance_doubt",
     "evaluate",
     "fast_copy",

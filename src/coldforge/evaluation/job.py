@@ -11,7 +11,7 @@ import torch
 
 from coldforge._version import __version__
 from coldforge.assemble import check_writable
-from coldforge.attacks import TILE, WITH_GRADIENT, Classifier, as_parts, parse_attack, predict
+from coldforge.attacks import TILE, WITH_GRADIENT, Classifier, as_parts, parse_attack, parse_pgd, predict
 from coldforge.data import ImageSet
 from coldforge.errors import StoreError, UsageError
 from coldforge.evaluate import (
@@ -20,6 +20,7 @@ from coldforge.evaluate import (
     WORST_CASE,
     Ledger,
     Precision,
+    ask_both,
     chance_doubt,
     evaluate,
     masking_panel,
@@ -31,12 +32,14 @@ from coldforge.evaluation.subject import Subject, load_subject
 from coldforge.models import torch_threads
 from coldforge.progress import Progress, Step
 from coldforge.provenance import has_bf16, physical_cores, provenance, versions
-from coldforge.records import AttackedRecord, EvaluationRecord, MaskingRecord, ThreatModelRecord
+from coldforge.records import AgreementRecord, AttackedRecord, EvaluationRecord, MaskingRecord, ThreatModelRecord
 from coldforge.sealed import write_atomic
 from coldforge.spec import spec_hash
 
 RECORD, LEDGER = "evaluation.json", "ledger.parquet"
-ATTACKING, CHECKING = "attack", "masking checks"
+ATTACKING, COMPARING, CHECKING = "attack", "file and twin", "masking checks"
+AGREEMENT_IMAGES = 1000
+"""Attacked images on which the file is compared with its twin."""
 
 
 def evaluate_path(
@@ -85,14 +88,34 @@ def evaluate_path(
             on_progress=progress.advance,
         )
         progress.end(ATTACKING)
+        agreed = _agreement(subject, request, n, progress)
         masking = _masking(subject, request, progress)
     seconds = time.monotonic() - begin
     origin = provenance(request.seed, command, threads=threads, precision=precision)
-    record = _record(subject, request, ledger, masking, origin, seconds)
+    record = _record(subject, request, ledger, agreed, masking, origin, seconds)
     _write(out, record, ledger)
     for leftover in out.glob(f"{checkpoint.name}*"):
         leftover.unlink()
     return record
+
+
+def _agreement(subject: Subject, request: Request, n: int, progress: Progress) -> AgreementRecord | None:
+    """None: only a file, or only a network."""
+    target = subject.target
+    if target.file is None or target.network is None:
+        return None
+    progress.begin(COMPARING)
+    found = ask_both(
+        target.network,
+        target.file,
+        subject.data,
+        subject.threat_model,
+        n=min(n, AGREEMENT_IMAGES),
+        seed=request.seed,
+        on_progress=progress.advance,
+    )
+    progress.end(COMPARING)
+    return found.agreement
 
 
 def _masking(subject: Subject, request: Request, progress: Progress) -> MaskingRecord:
@@ -116,6 +139,7 @@ def _record(
     subject: Subject,
     request: Request,
     ledger: Ledger,
+    agreed: AgreementRecord | None,
     masking: MaskingRecord,
     origin: dict[str, Any],
     seconds: float,
@@ -134,6 +158,7 @@ def _record(
         broken=_broken(ledger),
         broken_by={name: dict(Counter(filter(None, by))) for name, by in ledger.by.items()},
         disputed=_disputed(ledger),
+        agreement=agreed,
         unfinished=ledger.unfinished,
         budget_s=request.budget_s,
         seconds=seconds,
@@ -188,6 +213,7 @@ def _key(subject: Subject, request: Request, resolved: list[object]) -> str:
 
 _STANDING = 0.6
 """Part of the images that are attacked to the end, roughly."""
+_PASSES_OF_PGD20 = parse_pgd("pgd-20").passes(0)
 _PANEL_PASSES = (1500.0, 1100.0)
 """Forward passes of the masking panel for each tile of images, without and with gradients, at most."""
 
@@ -199,6 +225,9 @@ def _plan(subject: Subject, request: Request, n: int, budget_s: float) -> list[S
     passes = sum(part.passes(classes) for attack in subject.attacks for part in as_parts(attack))
     attacking = seconds * (len(subject.data) / TILE + ways * passes * max(_STANDING * n / TILE, 1.0))
     steps = [Step(ATTACKING, min(attacking, budget_s) if budget_s else attacking)]
+    if subject.target.network is not None and subject.target.file is not None:
+        compared = _PASSES_OF_PGD20 * min(n, AGREEMENT_IMAGES) + 2 * len(subject.data)
+        steps.append(Step(COMPARING, seconds * compared / TILE))
     if not request.no_masking:
         tiles = max(min(request.masking_n, len(subject.data)) / TILE, 1.0)
         blind, seeing = _PANEL_PASSES

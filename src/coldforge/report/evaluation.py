@@ -15,7 +15,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from coldforge.records import EvaluationRecord, load_evaluation
+from coldforge.records import LEAST_AGREEMENT, AgreementRecord, EvaluationRecord, load_evaluation
 from coldforge.report import text
 from coldforge.report.html import Card, ClassBar, cpu_flags, environment, facts, mapping, unbroken, write_page
 from coldforge.report.table import LITERAL, WORST
@@ -161,12 +161,27 @@ def footnotes(record: EvaluationRecord) -> list[str]:
             f"{disputed:,} image{'' if disputed == 1 else 's'} fooled the network on which the attacks searched and "
             f"not the {judge}, which has the last word: not broken."
         )
+    if record.agreement is not None:
+        lines.append(_agreement(record.agreement))
     if WORST in record.robust_accuracy_8bit:
         found = text.in_8_bits(record.robust_accuracy[WORST], record.robust_accuracy_8bit[WORST])
         lines.append(f"{found[0].upper()}{found[1:]}")
     if "autoattack-lite" in record.attacks:
         lines.append(text.LITE)
     return lines
+
+
+def _agreement(found: AgreementRecord) -> str:
+    low = min(found.clean, found.adversarial) < LEAST_AGREEMENT
+    return (
+        f"The file gives the label of the network beside it on {100 * found.clean:.2f} % of the clean images and "
+        f"{100 * found.adversarial:.2f} % of PGD-20's last iterates"
+        + (
+            f"; at least {100 * LEAST_AGREEMENT:g} % of each was expected: gradients of this network may mislead."
+            if low
+            else "."
+        )
+    )
 
 
 def target_name(record: EvaluationRecord) -> str:

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save
 
 from coldforge.attacks import as_parts, parse_attack, parse_pgd, predict
-from coldforge.compress import attacking, load_network, weight_bit_widths
-from coldforge.deploy import OnnxSession, agreement, export_onnx, int8_saturates, open_session, write_probe
-from coldforge.evaluate import Precision, Target, find_adversarial, masking_panel, summarize
+from coldforge.compress import load_network, weight_bit_widths
+from coldforge.deploy import OnnxSession, export_onnx, int8_saturates, open_session, write_probe
+from coldforge.evaluate import Precision, Target, ask_both, find_adversarial, masking_panel, summarize
 from coldforge.evaluate import evaluate as evaluate_network
 from coldforge.measure import count_macs, count_params, energy_per_image, measure_latency, packed_bytes
 from coldforge.provenance import hardware_fingerprint, versions
@@ -160,44 +160,24 @@ def _precision(shop: Shop) -> Precision:
 
 
 def agree(shop: Shop, network: Stage, file: Stage) -> Stage:
-    """How often the file answers like its twin: on clean test images, and on the last PGD-20 iterate of each.
-
-    The last iterates lie deep in the wrong class or firmly in the right one; barely fooled images would measure
-    rounding at the decision border only.
-    """
+    """How often the file answers like its twin: on clean test images, and on the last PGD-20 iterate of each."""
     recipe = shop.recipe
 
     def build(folder: Path, report: Report) -> None:
         twin, _ = shop.network(network)
         session = OnnxSession(shop.folder(file) / ONNX_FILE, threads=1)
-        test = shop.evaluated
-        images, labels = test.pixels(), test.labels
-        attacked = slice(0, recipe.evaluate.n or len(test))
-        with attacking(twin):
-            clean_twin = predict(twin, images).argmax(1)
-            found = _PGD20(
-                twin,
-                images[attacked],
-                labels[attacked],
-                shop.threat_model,
-                seed=recipe.seed,
-                keep_last=True,
-                on_progress=lambda fraction: report(fraction, _PGD20.name),
-            )
-            adversarial_twin = predict(twin, found.last).argmax(1)
-        clean_file, adversarial_file = session.labels(images), session.labels(found.last)
+        test, n = shop.evaluated, recipe.evaluate.n or len(shop.evaluated)
+        found = ask_both(twin, session, test, shop.threat_model, n=n, seed=recipe.seed, on_progress=report)
         part = slice(0, min(PROBE_IMAGES, len(found.last)))
         write_probe(
             folder / "probe.safetensors",
             images=test.images[part],
             adversarial=found.last[part],
-            labels=labels[part],
-            clean_answer=clean_file[part],
-            adversarial_answer=adversarial_file[part],
+            labels=test.labels[part],
+            clean_answer=found.clean_file[part],
+            adversarial_answer=found.adversarial_file[part],
         )
-        result = {
-            "clean": agreement(clean_twin, clean_file),
-            "adversarial": agreement(adversarial_twin, adversarial_file),
+        result = found.agreement.model_dump() | {
             "integer_kernels": session.uses_integer_kernels(),
             "saturates": int8_saturates(),
         }
