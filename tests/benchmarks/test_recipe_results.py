@@ -69,12 +69,21 @@ def test_the_table_judges_goals(half: int, met: str, tmp_path: Path) -> None:
     shown = table(tmp_path)
     assert shown.splitlines()[2].startswith(f"| {REFERENCE} | 1 | 90.0 | 80.0 | apgd-ce 3, square on the file 1 | ok |")
     assert f"| {HALF} | {REFERENCE} | ≥ −1 | {(half - 800) / 10:+.1f} [" in shown
-    assert f"| 1 | {met} |" in shown
+    assert f"| 1 | {met} |  |" in shown
     assert f"| {QUARTER} | {REFERENCE} | ≥ −4 | -10.0 [" in shown
-    assert "| 1 | no |" in shown
+    assert "| 1 | no |  |" in shown
     assert "| half, 4 bits, 3 epochs | half, 8 bits, 3 epochs | ≥ −0.5 | not computed yet |" in shown
     assert "5.0 % of the reference's multiply-adds (goal: at most 10 %)" in shown
     assert table(tmp_path / "nothing") == "*Not computed yet.*"
+
+
+def test_more_images_under_a_cheaper_attack_stand_beside(tmp_path: Path) -> None:
+    few, many = [True] * 79 + [False] * 21, [True] * 7880 + [False] * 2120
+    lite = {REFERENCE: [True] * 8000 + [False] * 2000, HALF: many}
+    for row, stands in lite.items():
+        record = found(row, few, lite={"n": len(stands), "stands": to_hex(torch.tensor(stands))})
+        (tmp_path / f"{slug(row)}.json").write_text(json.dumps(record), encoding="utf-8")
+    assert "| +0.0 [-2.7, +2.7] | 1 | yes, not decided | -1.2 [-1.4, -1.0]: no, not decided |" in table(tmp_path)
 
 
 def test_the_table_of_the_papers_attacks_has_the_rows_that_met_them(tmp_path: Path) -> None:
@@ -140,7 +149,8 @@ def test_a_trial_becomes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "tiny.toml").write_text(SWEEP, encoding="utf-8")
     words = ["sweep", str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "out"), "--executor", "serial", "--quiet"]
     assert main(words) == 0
-    words = ["recipe_results.py", "--n", "12", "--work", str(tmp_path / "work")]
+    monkeypatch.setattr(recipe_results, "LITE", "square-3")
+    words = ["recipe_results.py", "--n", "12", "--lite", "--work", str(tmp_path / "work")]
     monkeypatch.setattr("sys.argv", [*words, str(tmp_path / "out")])
     with monkeypatch.context() as stopped:
         stopped.setattr(recipe_results, "evaluate_path", interrupt)
@@ -157,7 +167,8 @@ def test_a_trial_becomes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert stands.mean() == row["robust_accuracy"]
     assert row["train_macs"] > 0
     assert row["masking"] in ("ok", "suspect")
-    assert row["paper"]["n"] == 6
+    assert (row["paper"]["n"], row["lite"]["n"]) == (6, 64)
+    assert recipe_results.from_hex(row["lite"]["stands"], 64).mean() == row["lite"]["robust_accuracy"]["worst_case"]
     assert {*recipe_results.PAPER_ATTACKS, "worst_case"} <= row["paper"]["robust_accuracy"].keys()
     words = ["evaluate", str(artifact), "--out", str(tmp_path / "evaluation"), "--attack", "square-5", "--n", "5"]
     assert main([*words, "--no-masking", "--quiet"]) == 0
