@@ -40,6 +40,7 @@ from attacks_parity import difference as paired
 from attacks_parity import from_hex, to_hex
 from paper_claims import student_t95
 
+from coldforge.attacks import parse_attack
 from coldforge.evaluate import WORST_CASE
 from coldforge.evaluation.job import evaluate_path
 from coldforge.evaluation.request import Request
@@ -52,10 +53,15 @@ from coldforge.sweep.table import load_results
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, ARTIFACTS = ROOT / "results" / "recipes", ROOT / "results" / "artifacts"
-ATTACK, LITE = "autoattack", "autoattack-lite"
-PAPER_ATTACKS, PAPER_EPS, PAPER_N = ("fgsm", "pgd-20-paper"), "0.05", 2000
+ATTACK = "autoattack"
+ALSO: dict[str, dict[str, Any]] = {
+    "paper": {"attack": "fgsm,pgd-20-paper", "eps": "0.05", "n": 2000},
+    "lite": {"attack": "autoattack-lite", "eps": None, "n": 0},
+}
+"""Further attacks on the same networks."""
 KEPT = ("record.json", "recipe.toml", "model.onnx", "model/model.safetensors", "model/structure.json")
 """Of a folder of `coldforge run`, what an attack needs."""
+PAPER = tuple(ALSO["paper"]["attack"].split(","))
 WHICH = "row.json"
 Found = dict[str, Any]
 """What is kept of one network."""
@@ -153,6 +159,9 @@ def attack(network: Network, out: Path, *, n: int, threads: int) -> Found:
     command = " ".join(["coldforge evaluate", network.name, *request.words()])
     evaluation = evaluate_path(network.folder, request, out=out, command=command)
     found = _found(network, evaluation, _stands(out, n))
+    old = _kept_of(network)
+    if old.get("sha256") == found["sha256"]:
+        found |= {what: old[what] for what in ALSO if what in old}
     RESULTS.mkdir(parents=True, exist_ok=True)
     _write(network, found)
     return found
@@ -177,14 +186,30 @@ def attack_also(network: Network, what: str, out: Path, *, threads: int) -> bool
     """Add what other attacks leave, ``"paper"`` or ``"lite"``, to what is kept of a network; False if that is there, or
     nothing is kept.
     """
-    found = json.loads(_path(network).read_text(encoding="utf-8")) if _path(network).is_file() else {}
-    if found.get("trial") != network.trial or what in found:
+    found = _kept_of(network)
+    of_this = found.get("trial") == network.trial and found["sha256"] == sha256_of(network.folder / "model.onnx")
+    asked = {"attacks": _described(what), **ALSO[what]}
+    if not of_this or found.get(what, {}).get("asked") == asked:
         return False
-    options = {"paper": {"attack": PAPER_ATTACKS, "eps": PAPER_EPS, "n": PAPER_N}, "lite": {"attack": (LITE,), "n": 0}}
-    request = Request(**options[what], threads=threads, seed=network.seed, no_masking=True)  # type: ignore[arg-type]
+    attacks = tuple(ALSO[what]["attack"].split(","))
+    request = Request(
+        attack=attacks, eps=ALSO[what]["eps"], n=ALSO[what]["n"], threads=threads, seed=network.seed, no_masking=True
+    )
     evaluation = evaluate_path(network.folder, request, out=out)
-    _write(network, found | {what: _also(evaluation, _stands(out, evaluation.attacked.n))})
+    _write(network, found | {what: {"asked": asked} | _also(evaluation, _stands(out, evaluation.attacked.n))})
     return True
+
+
+def _kept_of(network: Network) -> Found:
+    path = _path(network)
+    found: Found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def _described(what: str) -> dict[str, Any]:
+    """The attacks with their settings and versions."""
+    names = ALSO[what]["attack"].split(",")
+    return {name: json.loads(json.dumps(parse_attack(name).describe())) for name in names}
 
 
 def _also(evaluation: EvaluationRecord, stands: torch.Tensor) -> Found:
@@ -194,7 +219,6 @@ def _also(evaluation: EvaluationRecord, stands: torch.Tensor) -> Found:
         "clean_accuracy": evaluation.attacked.clean_accuracy,
         "robust_accuracy": evaluation.robust_accuracy,
         "stands": to_hex(stands),
-        "attacks": evaluation.attacks,
         "seconds": evaluation.seconds,
     }
 
@@ -292,7 +316,7 @@ def paper_table(folder: Path = RESULTS, data: str = "fashion-mnist") -> str:
     for name, row in _rows(folder, data).items():
         papers = [found["paper"] for found in row if "paper" in found]
         if papers:
-            columns = [[paper["robust_accuracy"][which] for paper in papers] for which in (*PAPER_ATTACKS, WORST_CASE)]
+            columns = [[paper["robust_accuracy"][which] for paper in papers] for which in (*PAPER, WORST_CASE)]
             columns.insert(0, [paper["clean_accuracy"] for paper in papers])
             cells = " | ".join(_spread([100 * value for value in values]) for values in columns)
             lines.append(f"| {name} | {len(papers)} | {cells} |")

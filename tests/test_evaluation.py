@@ -590,6 +590,24 @@ def test_results_do_not_overwrite_those_of_a_run(files: Files) -> None:
         evaluate_path(files.folder, Request(**QUICK), out=files.folder)
 
 
+def test_file_and_twin_are_compared_on_the_attacked_images_at_the_front(
+    files: Files, tmp_path: Path, panel: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    whole = job.ask_both
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        asked.append(options)
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(job, "ask_both", watched)
+    request = Request(attack=("fgsm",), n=12, threads=1, seed=4, no_masking=True)
+    evaluate_path(files.folder, request, out=tmp_path / "all")
+    monkeypatch.setattr(job, "AGREEMENT_IMAGES", 5)
+    evaluate_path(files.folder, request, out=tmp_path / "few")
+    assert [(options["n"], options["seed"]) for options in asked] == [(12, 4), (5, 4)]
+
+
 def test_the_plan_is_bounded_by_the_budget(files: Files, tmp_path: Path, panel: list[dict[str, Any]]) -> None:
     spy = Spy()
     evaluate_path(files.folder, Request(**QUICK, budget="0.0001s", no_masking=True), out=tmp_path, progress=spy)

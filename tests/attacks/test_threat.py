@@ -63,14 +63,36 @@ def test_8_bit_points_are_inside_and_for_linf_the_nearest(tm: ThreatModel, seed:
     assert steps.max() <= 255
     assert tm.contains(rounded, clean).all()
     assert torch.equal(tm.rounded(rounded, clean), rounded)
-    nearest = points.clamp(0, 1)
-    distance = (rounded - nearest).abs()
-    assert distance.max() < 1 / 255
+    distance = (rounded - points.clamp(0, 1)).abs()
     if tm.norm == "linf":  # slow twin: of all 256 levels, those inside the ball, the nearest
         levels = torch.arange(256) / 255
-        apart = (nearest[..., None] - levels).abs()
+        apart = (points.clamp(0, 1)[..., None] - levels).abs()
         apart[(levels - clean[..., None]).abs() > tm.eps + 1e-6] = torch.inf
         torch.testing.assert_close(distance, apart.amin(-1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("short", [0.0, 2e-6, 1e-5])
+def test_8_bit_points_are_inside_a_ball_that_ends_a_hair_before_a_level(norm: str, short: float) -> None:
+    tm = ThreatModel(norm, 8 / 255 - short)  # type: ignore[arg-type]
+    clean = torch.full((1, 1, 2, 2), 100 / 255)
+    points = tm.project(clean + torch.tensor([1.0, -1.0, 0.0, 0.0]).view(1, 1, 2, 2), clean)
+    rounded = tm.rounded(points, clean)
+    assert tm.contains(rounded, clean).all()
+    assert tm.size(rounded - clean) > 0.8 * tm.eps, "most of the perturbation is left"
+
+
+@pytest.mark.parametrize(("side", "eps", "left"), [(32, 0.5, 0.9), (32, 0.25, 0.9), (224, 0.5, 0.5)])
+def test_8_bit_points_in_l2_keep_most_of_small_perturbations(side: int, eps: float, left: float) -> None:
+    """Where each pixel moves by less than half a level, rounding towards the clean one would leave nothing."""
+    generator = torch.Generator().manual_seed(0)
+    tm = ThreatModel("l2", eps)
+    clean = torch.randint(0, 256, (2, 3, side, side), generator=generator) / 255
+    points = tm.project(clean + torch.randn(clean.shape, generator=generator), clean)
+    rounded = tm.rounded(points, clean)
+    assert tm.contains(rounded, clean).all()
+    along = ((rounded - clean) * (points - clean)).flatten(1).sum(1) / (points - clean).flatten(1).square().sum(1)
+    assert along.min() > left
 
 
 def test_8_bit_points_are_rounded_and_not_cut_off() -> None:

@@ -13,6 +13,7 @@ from attacks_parity import to_hex
 from recipe_results import REFERENCE, Found, difference, paper_table, slug, table, wanted
 
 from coldforge.evaluate import paired_interval
+from coldforge.evaluation.request import Request
 
 HALF, QUARTER = "half, 8 bits, 3 epochs", "quarter, 8 bits, 3 epochs"
 
@@ -143,13 +144,16 @@ def test_a_trial_becomes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setenv("COLDFORGE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(recipe_results, "ATTACK", "square-5")
-    monkeypatch.setattr(recipe_results, "PAPER_N", 6)
+    also = {
+        "paper": {"attack": "fgsm,pgd-20-paper", "eps": "0.05", "n": 6},
+        "lite": {"attack": "square-3", "eps": None, "n": 0},
+    }
+    monkeypatch.setattr(recipe_results, "ALSO", also)
     for name in ("RESULTS", "ARTIFACTS"):
         monkeypatch.setattr(recipe_results, name, tmp_path / name.lower())
     (tmp_path / "tiny.toml").write_text(SWEEP, encoding="utf-8")
     words = ["sweep", str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "out"), "--executor", "serial", "--quiet"]
     assert main(words) == 0
-    monkeypatch.setattr(recipe_results, "LITE", "square-3")
     words = ["recipe_results.py", "--n", "12", "--lite", "--work", str(tmp_path / "work")]
     monkeypatch.setattr("sys.argv", [*words, str(tmp_path / "out")])
     with monkeypatch.context() as stopped:
@@ -169,11 +173,27 @@ def test_a_trial_becomes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert row["masking"] in ("ok", "suspect")
     assert (row["paper"]["n"], row["lite"]["n"]) == (6, 64)
     assert recipe_results.from_hex(row["lite"]["stands"], 64).mean() == row["lite"]["robust_accuracy"]["worst_case"]
-    assert {*recipe_results.PAPER_ATTACKS, "worst_case"} <= row["paper"]["robust_accuracy"].keys()
+    assert {*recipe_results.PAPER, "worst_case"} <= row["paper"]["robust_accuracy"].keys()
     words = ["evaluate", str(artifact), "--out", str(tmp_path / "evaluation"), "--attack", "square-5", "--n", "5"]
     assert main([*words, "--no-masking", "--quiet"]) == 0
-    monkeypatch.setattr(recipe_results, "evaluate_path", lambda *_, **__: pytest.fail("attacked again"))
+    asked = []
+    whole = recipe_results.evaluate_path
+
+    def watched(path: Path, request: Request, **more: object) -> object:
+        asked.append(request.attack)
+        return whole(path, request, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(recipe_results, "evaluate_path", watched)
     recipe_results.main()
+    assert not asked, "all of it is there"
+    monkeypatch.setitem(also, "paper", also["paper"] | {"n": 7})
+    recipe_results.main()
+    assert asked == [("fgsm", "pgd-20-paper")], "another question is asked again"
+    monkeypatch.setattr("sys.argv", ["recipe_results.py", "--n", "13", "--work", str(tmp_path / "work")])
+    recipe_results.main()
+    assert asked[1:] == [("square-5",)]
+    (more,) = recipe_results.load(tmp_path / "results")
+    assert (more["n"], more["paper"]["n"], more["lite"]) == (13, 7, row["lite"]), "what was found otherwise is kept"
 
 
 def interrupt(*_: object, **__: object) -> None:

@@ -11,7 +11,7 @@ from coldforge.attacks import parse_attack, predict
 from coldforge.compress import ActivationQuantizer, QuantizedLayer, attacking, quantize
 from coldforge.data import ImageSet
 from coldforge.errors import AttackError
-from coldforge.evaluate import Ledger, Target, evaluate, summarize, wilson_interval
+from coldforge.evaluate import Ledger, Target, evaluate, robustness, summarize, wilson_interval
 from coldforge.evaluate.ledger import Row
 from coldforge.evaluate.robustness import names_of
 from coldforge.recipe import QuantizeSpec
@@ -69,7 +69,7 @@ def test_the_ledger_equals_its_slow_twin(task, threat):
             found.step[name],
             found.restart[name],
             found.queries[name],
-            found.rounded[name],
+            found.fooled_8bit[name],
         )
         assert list(zip(*(column.tolist() for column in columns), strict=True)) == [row[name] for row in rows[:30]]
     # and the task shows every kind of row
@@ -103,6 +103,32 @@ def test_what_fools_only_between_two_8_bit_levels_is_said(task, threat, precisio
     found = summarize(evaluate(Target(Even()), data, ATTACKS, threat, precision=precision), data.classes)
     assert found.robust_accuracy["worst_case"] == 0
     assert found.robust_accuracy_8bit == dict.fromkeys([*NAMES, "worst_case"], 1.0)
+
+
+class Noisy(torch.nn.Module):
+    """Draws from the global random state at every pass, as dropout left on does."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        return self.network(images + 0.02 * torch.randn_like(images))
+
+
+def test_asking_about_8_bits_moves_no_result(task, threat, monkeypatch):
+    """Whenever what is known is brought to the disk, and though the network draws random numbers."""
+    model, data = task
+    found = []
+    for seconds in (-1.0, math.inf, 0.0):
+        monkeypatch.setattr(robustness, "_FLUSH_SECONDS", seconds)
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            found.append(evaluate(Target(Noisy(model)), data, [parse_attack("square-60")], threat, seed=5))
+    for what in ("fooled", "queries", "step", "fooled_8bit"):
+        first, *others = (getattr(one, what)["square-60"] for one in found)
+        assert all(torch.equal(first, other) for other in others), what
+    assert 0 < int(first.sum()) < 40
 
 
 def test_wrong_when_clean_is_not_attacked_and_not_robust(ledger):
@@ -288,7 +314,7 @@ def test_fooled_means_that_the_file_is_fooled(task, threat):
 
 def by_hand(labels, answers, **fooled):
     columns = {name: torch.tensor(column, dtype=torch.bool) for name, column in fooled.items()}
-    return Ledger(torch.tensor(labels), torch.tensor(answers), columns, rounded=columns)
+    return Ledger(torch.tensor(labels), torch.tensor(answers), columns, fooled_8bit=columns)
 
 
 def test_the_worst_case_is_point_wise():
@@ -372,7 +398,7 @@ def test_parquet_holds_every_image(task, threat, tmp_path):
     assert table["clean_answer"] == found.answers.tolist()
     assert table["clean_right"] == found.right.tolist()
     for name in NAMES:
-        for what in ("fooled", "step", "restart", "queries", "rounded"):
+        for what in ("fooled", "step", "restart", "queries", "fooled_8bit"):
             assert table[f"{name}:{what}"] == getattr(found, what)[name].tolist() + [None] * 15
         margins = table[f"{name}:margin"]
         assert margins[25:] == [None] * 15
@@ -387,6 +413,6 @@ def test_a_margin_that_was_no_number_is_remembered(margins):
     ledger = Ledger(torch.tensor([0]), torch.tensor([0]), {}, seed=0)
     ledger.open("pgd-5", 1)
     for margin in margins:
-        row = Row(False, -1, -1, 1, math.nan, margin, disputed=False, rounded=False)
+        row = Row(False, -1, -1, 1, math.nan, margin, disputed=False, fooled_8bit=False)
         ledger.enter("pgd-5", 0, row, "pgd-5", last=False)
     assert math.isnan(ledger.margin["pgd-5"][0])

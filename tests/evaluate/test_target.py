@@ -22,7 +22,7 @@ from coldforge.evaluate.target import Ways
 from coldforge.recipe import QuantizeSpec
 
 ATTACKS = [parse_attack("pgd-5"), parse_attack("autoattack-lite")]
-COLUMNS = ("fooled", "step", "restart", "queries", "norm", "margin", "by", "finished", "disputed", "rounded")
+COLUMNS = ("fooled", "step", "restart", "queries", "norm", "margin", "by", "finished", "disputed", "fooled_8bit")
 
 
 class File:
@@ -315,6 +315,8 @@ def test_pitfall_31_plain_onnxruntime_says_the_same_of_an_int8_file(task, threat
         assert torch.equal(wrong(result.adversarial), result.fooled), "broken: wrong; standing: right to the last"
         assert torch.equal(found.fooled[attack.name], result.fooled | wrong(images))
         assert 0 < (found.fooled[attack.name] & found.right).sum() < found.right.sum()
+        in_8_bits = wrong(threat.rounded(result.adversarial, images)) & result.fooled
+        assert torch.equal(found.fooled_8bit[attack.name], in_8_bits | wrong(images))
     assert not wrong(images)[found.survived("worst_case")].any()
     if searched == "its float parent":
         assert sum(int(column.sum()) for column in found.disputed.values()) > 0, "or the network could have judged"

@@ -634,9 +634,11 @@ def test_the_best_trial_for_a_question(results):
 
 
 def test_robust_accuracies_of_several_threat_models_are_not_compared(results):
-    rows = [{**row, "threat_model:eps": row["threat_model:eps"] * (1 + row["seed"])} for row in results.rows]
+    eps, in_8_bits = "threat_model:eps", "robust_8bit:worst_case"
+    rows = [{**row, eps: row[eps] * (1 + row["seed"]), in_8_bits: 0.5} for row in results.rows]
     mixed = type(results)(**{**vars(results), "rows": tuple(rows)})
-    for question in ({"maximize": "robust"}, {"least": ["robust=0.1"], "minimize": "params"}):
+    questions = [{"maximize": "robust"}, {"least": ["robust=0.1"], "minimize": "params"}, {"maximize": in_8_bits}]
+    for question in questions:
         with pytest.raises(UsageError, match="attacked under 2 threat models"):
             pick(mixed, **question)
     assert pick(mixed, minimize="params")

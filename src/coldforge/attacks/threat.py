@@ -14,8 +14,9 @@ from coldforge.recipe import ThreatModelSpec
 TOLERANCE = 1e-6
 """Room for float32 rounding when a finished perturbation is checked against the ball and the box."""
 _LEVELS = 255
-_SLACK = 1e-3
-"""Steps of an 8-bit pixel that float32 may be away from a whole number of them."""
+_SLACK = 1e-4
+"""Steps of an 8-bit pixel that float32 may be away from a whole number of them; less than :data:`TOLERANCE`."""
+_PARTS = 50
 
 
 @dataclass(frozen=True)
@@ -59,18 +60,23 @@ class ThreatModel:
         return points.clamp(0.0, 1.0) if self.box else points
 
     def rounded(self, points: Tensor, clean: Tensor) -> Tensor:
-        """Points as an 8-bit image can hold them, multiples of 1/255 in [0, 1]: for linf the nearest ones inside the
-        ball; for l2 each pixel is rounded towards the clean one, so that the perturbation only shrinks. Both stay
-        inside the ball if the clean images are 8-bit images.
+        """Points as an 8-bit image can hold them, multiples of 1/255 in [0, 1], inside the ball if the clean images are
+        8-bit images: for linf the nearest ones there; for l2 the nearest ones to as much of the perturbation, in
+        fiftieths, as stays inside.
         """
-        steps = points.double() * _LEVELS
+        centre = clean.double()
         if self.norm == "linf":
-            lowest = ((clean.double() - self.eps) * _LEVELS - _SLACK).ceil()
-            highest = ((clean.double() + self.eps) * _LEVELS + _SLACK).floor()
-            steps = steps.round().clamp(lowest, highest)
-        else:
-            steps = torch.where(points > clean, (steps + _SLACK).floor(), (steps - _SLACK).ceil())
-        return (steps.clamp(0, _LEVELS) / _LEVELS).to(points.dtype)
+            lowest = ((centre - self.eps) * _LEVELS - _SLACK).ceil()
+            highest = ((centre + self.eps) * _LEVELS + _SLACK).floor()
+            return _pixels((points.double() * _LEVELS).round().clamp(lowest, highest)).to(points.dtype)
+        found = _pixels((centre * _LEVELS).round())
+        open_ = torch.ones(len(points), dtype=torch.bool)
+        for part in range(_PARTS, 0, -1):
+            tried = _pixels(((centre + (points.double() - centre) * (part / _PARTS)) * _LEVELS).round())
+            fits = open_ & (self.size(tried - centre) <= self.eps + TOLERANCE / 2)
+            found[fits] = tried[fits]
+            open_ &= ~fits
+        return found.to(points.dtype)
 
     def step(self, gradient: Tensor, length: float | Tensor) -> Tensor:
         """Steepest ascent of ``length`` (pixel units; one number, or one for each image as ``(N, 1, 1, 1)``) in this
@@ -119,3 +125,7 @@ class ThreatModel:
             raise AttackError(
                 f"expected adversarial images inside [0, 1], found {float(points.min()):g} … {float(points.max()):g}"
             )
+
+
+def _pixels(steps: Tensor) -> Tensor:
+    return steps.clamp(0, _LEVELS) / _LEVELS

@@ -39,7 +39,7 @@ class Ledger:
     by: dict[str, list[str]] = field(default_factory=dict)  # part of an ensemble and way, such as "square on the file"
     finished: dict[str, Tensor] = field(default_factory=dict)  # (m,) bool: fooled, or stood to the end
     disputed: dict[str, Tensor] = field(default_factory=dict)  # (m,) bool: fooled the search, not who judges
-    rounded: dict[str, Tensor] = field(default_factory=dict)  # (m,) bool: fooled, and with 8-bit pixels, too
+    fooled_8bit: dict[str, Tensor] = field(default_factory=dict)  # (m,) bool: with 8-bit pixels, too
     seed: int = 0
 
     @property
@@ -53,11 +53,11 @@ class Ledger:
         counts = {attack: int((~finished).sum()) for attack, finished in self.finished.items()}
         return {attack: count for attack, count in counts.items() if count}
 
-    def survived(self, attack: str, *, rounded: bool = False) -> Tensor:
-        """(m,) bool: right when clean and under that attack; ``"worst_case"``: under every attack run. ``rounded``:
+    def survived(self, attack: str, *, in_8_bits: bool = False) -> Tensor:
+        """(m,) bool: right when clean and under that attack; ``"worst_case"``: under every attack run. ``in_8_bits``:
         what the attack found is rounded to 8-bit pixels before it counts.
         """
-        columns = self.rounded if rounded else self.fooled
+        columns = self.fooled_8bit if in_8_bits else self.fooled
         if attack != WORST_CASE:
             return ~columns[attack]
         if not columns:
@@ -74,7 +74,7 @@ class Ledger:
         self.fooled[attack] = ~right
         self.finished[attack] = ~right
         self.disputed[attack] = torch.zeros(count, dtype=torch.bool)
-        self.rounded[attack] = ~right
+        self.fooled_8bit[attack] = ~right
         self.step[attack] = torch.full((count,), -1)
         self.restart[attack] = torch.full((count,), -1)
         self.queries[attack] = torch.zeros(count, dtype=torch.int64)
@@ -98,7 +98,7 @@ class Ledger:
         self.finished[attack][image] = row.fooled or last
         if row.fooled:
             self.fooled[attack][image] = True
-            self.rounded[attack][image] = row.rounded
+            self.fooled_8bit[attack][image] = row.fooled_8bit
             self.step[attack][image], self.restart[attack][image] = row.step, row.restart
             self.norm[attack][image] = row.norm
             self.by[attack][image] = by
@@ -121,7 +121,17 @@ class Ledger:
             "seed": [self.seed] * n,
         }
         for attack in self.fooled:
-            for what in ("fooled", "step", "restart", "queries", "norm", "margin", "finished", "disputed", "rounded"):
+            for what in (
+                "fooled",
+                "step",
+                "restart",
+                "queries",
+                "norm",
+                "margin",
+                "finished",
+                "disputed",
+                "fooled_8bit",
+            ):
                 values = getattr(self, what)[attack].tolist() if attack in getattr(self, what) else []
                 columns[f"{attack}:{what}"] = values + [None] * (n - len(values))
             broken_by = self.by.get(attack, [])
@@ -140,11 +150,11 @@ class Row:
     norm: float
     margin: float
     disputed: bool
-    rounded: bool
+    fooled_8bit: bool
 
     @classmethod
-    def of(cls, result: AttackResult, position: int, norm: float, rounded: bool) -> Row:
-        """From an attack's result; ``norm``: of the perturbation; ``rounded``: whether 8-bit pixels fool, too."""
+    def of(cls, result: AttackResult, position: int, norm: float, fooled_8bit: bool) -> Row:
+        """From an attack's result; ``norm``: of the perturbation; ``fooled_8bit``: with 8-bit pixels, too."""
         fooled = bool(result.fooled[position])
         return cls(
             fooled=fooled,
@@ -154,12 +164,13 @@ class Row:
             norm=norm if fooled else float("nan"),
             margin=float(result.margin[position]),
             disputed=bool(result.disputed[position]),
-            rounded=rounded,
+            fooled_8bit=fooled_8bit,
         )
 
 
 class Journal:
-    """An evaluation under way: one line of JSON for each image and try, so that a kill loses a second of work.
+    """An evaluation under way: one line of JSON for each image and try. A kill loses a second of work, and what the try
+    at hand has fooled, which is soon done again.
 
     Args:
         path: the file; None keeps nothing. One of another evaluation, or damaged, is started again.
@@ -238,7 +249,7 @@ def summarize(ledger: Ledger, classes: Sequence[str]) -> Robustness:
         robust_n[attack] = len(survived)
         robust_accuracy[attack] = int(survived.sum()) / len(survived)
         robust_ci95[attack] = wilson_interval(int(survived.sum()), len(survived))
-        rounded[attack] = int(ledger.survived(attack, rounded=True).sum()) / len(survived)
+        rounded[attack] = int(ledger.survived(attack, in_8_bits=True).sum()) / len(survived)
     worst = ledger.survived(WORST_CASE)
     per_class = {}
     for index, name in enumerate(classes):

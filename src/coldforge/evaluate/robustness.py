@@ -208,32 +208,23 @@ def _run(
     if not len(left):
         return
     clean = images[left]
-    waiting: list[int] = []
     flushed = time.monotonic()
 
-    def settle(result: AttackResult) -> None:
-        """Enter what waits, tiles of images at a time."""
-        nonlocal flushed
-        norms = threat_model.size(result.adversarial[waiting] - clean[waiting])
-        fooled = [position for position in waiting if result.fooled[position]]
-        rounded = torch.zeros(len(clean), dtype=torch.bool)
-        if fooled:
-            points = threat_model.rounded(result.adversarial[fooled], clean[fooled])
-            wrong = way.answers(points) != ledger.labels[left[fooled]]
-            rounded[fooled] = wrong & threat_model.contains(points, clean[fooled])
-        for position, norm in zip(waiting, norms.tolist(), strict=True):
-            row = Row.of(result, position, norm, bool(rounded[position]))
-            image = int(left[position])
+    def enter_all(result: AttackResult, positions: list[int], fooled_8bit: list[bool]) -> None:
+        norms = threat_model.size(result.adversarial[positions] - clean[positions]).tolist()
+        for position, norm, in_8_bits in zip(positions, norms, fooled_8bit, strict=True):
+            row, image = Row.of(result, position, norm, in_8_bits), int(left[position])
             enter(image, row)
             journal.add(what, image, row)
-        journal.flush()
-        waiting.clear()
-        flushed = time.monotonic()
 
     def keep(result: AttackResult, positions: list[int]) -> None:
-        waiting.extend(positions)
+        """What stands took longest, and is kept at once."""
+        nonlocal flushed
+        standing = [position for position in positions if not result.fooled[position]]
+        enter_all(result, standing, [False] * len(standing))
         if time.monotonic() - flushed > _FLUSH_SECONDS:
-            settle(result)
+            flushed = time.monotonic()
+            journal.flush()
 
     with way.context():
         result = attack_all(
@@ -249,4 +240,21 @@ def _run(
             on_done=keep,
             stop=lambda: time.monotonic() > deadline,
         )
-        settle(result)
+        fooled = result.fooled.nonzero()[:, 0].tolist()
+        enter_all(result, fooled, _fools_in_8_bits(result, fooled, clean, ledger.labels[left], way, threat_model))
+    journal.flush()
+
+
+def _fools_in_8_bits(
+    result: AttackResult, rows: list[int], clean: Tensor, labels: Tensor, way: Way, threat_model: ThreatModel
+) -> list[bool]:
+    """Whether what was found still fools with 8-bit pixels. Asked when the search is over: nothing else may ask the
+    network, and what it draws must not be moved by the clock.
+    """
+    if not rows:
+        return []
+    points = threat_model.rounded(result.adversarial[rows], clean[rows])
+    with torch.random.fork_rng(devices=[]):
+        wrong = way.labels(points) != labels[rows]
+    inside: list[bool] = (wrong & threat_model.contains(points, clean[rows])).tolist()
+    return inside

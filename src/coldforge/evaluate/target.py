@@ -88,11 +88,13 @@ class Way:
     """Where the attack searches."""
     judge: Judge | None
     """Who has the last word; None: ``model``."""
-    answers: Judge
-    """The same, to be asked by another thread while the attack runs."""
     context: Callable[[], AbstractContextManager[None]] = nullcontext
     near: float = float("inf")
     """Only images whose smallest margin so far is below this are worth this try."""
+
+    def labels(self, points: Tensor) -> Tensor:
+        """By who has the last word, ``(N,)``; inside :attr:`context`, while nothing searches."""
+        return predict(self.model, points).argmax(1) if self.judge is None else self.judge(points)
 
     def is_worth_it(self, margin: Tensor) -> Tensor:
         """Of images with these smallest margins, which are to be tried in this way; NaN is near."""
@@ -113,7 +115,6 @@ class Ways:
         self._copies: dict[tuple[int, Precision], nn.Module] = {}
         self._noise: dict[int, float] = {}  # of bfloat16 copies that are in use
         self._asking = threading.Lock()
-        self._beside: nn.Module | None = None
         self._tiles = None if target.network is None else Tiles(target.network, images.shape[1:], gradients=False)
 
     def of(self, attack: Attack) -> list[Way]:
@@ -124,7 +125,7 @@ class Ways:
         """
         target = self._target
         if not attack.uses_gradients and target.file is not None:
-            return [Way("on the file", target.file.logits, None, target.file.labels)]
+            return [Way("on the file", target.file.logits, None)]
         if target.network is not None:
             modes = BACKWARDS if attack.uses_gradients and target.quantized else BACKWARDS[:1]
             label = len(modes) > 1
@@ -174,24 +175,8 @@ class Ways:
     ) -> Way:
         target = self._target
         search = self._copy(network, precision or self._precision, apart=mode == "unrounded")
-        alone = search is target.network and target.file is None
-        judge, answers = (None, self._aside) if alone else (self._verdicts, self._verdicts)
-        return Way(label, search, judge, answers, partial(_prepared, search, mode, target.network), near)
-
-    def _aside(self, points: Tensor) -> Tensor:
-        """The network's labels, by a copy of it: it is being searched itself. What cannot be copied is searched by one
-        thread only, which is the one that asks.
-        """
-        network = self._target.network
-        with self._asking:
-            if self._beside is None:
-                try:
-                    self._beside = copy.deepcopy(network)
-                except Exception:  # foreign code may refuse to be copied in any way it likes
-                    self._beside = network
-            assert self._beside is not None
-            with attacking(self._beside):
-                return predict(self._beside, points).argmax(1)
+        judge = None if search is target.network and target.file is None else self._verdicts
+        return Way(label, search, judge, partial(_prepared, search, mode, target.network), near)
 
     def _verdicts(self, points: Tensor) -> Tensor:
         if self._target.file is not None:

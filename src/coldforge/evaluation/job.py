@@ -53,7 +53,7 @@ def evaluate_path(
         path: a folder of ``coldforge run``, a checkpoint, or an ONNX file.
         request: the options.
         out: a folder of its own; made if missing.
-        progress: told of the two stages, attack and masking checks.
+        progress: told of the stages: attack, comparison of file and twin, masking checks.
         command: the command line, for provenance.
 
     Returns:

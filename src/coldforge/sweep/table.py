@@ -114,7 +114,7 @@ def flat(stage: dict[str, Any]) -> Row:
                 low, high = value.get("worst_case", (math.nan, math.nan))
                 row |= {"robust:low": low, "robust:high": high}
             case "robust_accuracy_8bit":
-                row["robust_8bit:worst_case"] = value.get("worst_case")
+                row |= {f"robust_8bit:{attack}": part for attack, part in value.items() if attack == "worst_case"}
             case "pruning_ratio":
                 row |= {f"pruning_ratio:{part}": ratio for part, ratio in value.items()}
             case "latency_s":
@@ -247,7 +247,8 @@ def pick(
     names = columns(rows)
     goal = column(minimize or maximize, names)
     asked = [column(name, names) for name, *_ in conditions]
-    if any(name.startswith("robust:") for name in (goal, *asked)) and (several := threat_models(rows))[1:]:
+    compared = any(name.startswith(("robust:", "robust_8bit:")) for name in (goal, *asked))
+    if compared and (several := threat_models(rows))[1:]:
         raise UsageError(
             f"these trials were attacked under {len(several)} threat models, whose robust accuracies cannot be "
             "compared; sweep each into a folder of its own"
