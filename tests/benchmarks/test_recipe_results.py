@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -181,7 +182,7 @@ def test_a_trial_becomes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     def watched(path: Path, request: Request, **more: object) -> object:
         asked.append(request.attack)
-        return whole(path, request, **more)  # type: ignore[arg-type]
+        return whole(path, replace(request, no_masking=True), **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(recipe_results, "evaluate_path", watched)
     recipe_results.main()
