@@ -17,6 +17,8 @@ from coldforge.attacks import AttackResult
 from coldforge.evaluate.statistics import wilson_interval
 
 WORST_CASE = "worst_case"
+_WRITTEN = ("fooled", "step", "restart", "queries", "norm", "margin", "finished", "disputed", "fooled_8bit")
+"""Columns of numbers, one of each for every attack."""
 
 
 @dataclass(frozen=True)
@@ -121,17 +123,7 @@ class Ledger:
             "seed": [self.seed] * n,
         }
         for attack in self.fooled:
-            for what in (
-                "fooled",
-                "step",
-                "restart",
-                "queries",
-                "norm",
-                "margin",
-                "finished",
-                "disputed",
-                "fooled_8bit",
-            ):
+            for what in _WRITTEN:
                 values = getattr(self, what)[attack].tolist() if attack in getattr(self, what) else []
                 columns[f"{attack}:{what}"] = values + [None] * (n - len(values))
             broken_by = self.by.get(attack, [])
