@@ -22,6 +22,12 @@ STRONG = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def recipe(recipe):
+    """The tiny recipe without the masking panel, which takes longer than all the rest."""
+    return lambda changes=None: recipe({"evaluate.masking_n": 0, **(changes or {})})
+
+
 def test_everything_at_once_ends_in_a_file_that_agrees(recipe, forge_again, model, tmp_path):
     made = forge_again(recipe(STRONG), Store(tmp_path / "store"), tmp_path / "out")
     rows = {stage.label: stage for stage in made.record.stages}
