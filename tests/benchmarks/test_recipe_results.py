@@ -86,6 +86,10 @@ def test_more_images_under_a_cheaper_attack_stand_beside(tmp_path: Path) -> None
         record = found(row, few, lite={"n": len(stands), "stands": to_hex(torch.tensor(stands))})
         (tmp_path / f"{slug(row)}.json").write_text(json.dumps(record), encoding="utf-8")
     assert "| +0.0 [-2.7, +2.7] | 1 | yes, not decided | -1.2 [-1.4, -1.0]: no, not decided |" in table(tmp_path)
+    other = found(HALF, few, seed=1, lite={"n": len(many), "stands": to_hex(torch.tensor(many))})
+    (tmp_path / f"{slug(HALF)}.json").write_text(json.dumps(other), encoding="utf-8")
+    (tmp_path / "r-1.json").write_text(json.dumps(found(REFERENCE, few, seed=1)), encoding="utf-8")
+    assert "| +0.0 [-2.7, +2.7] | 1 | yes, not decided |  |" in table(tmp_path), "of no seed are both there"
 
 
 def test_the_table_of_the_papers_attacks_has_the_rows_that_met_them(tmp_path: Path) -> None:

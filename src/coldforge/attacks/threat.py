@@ -70,12 +70,12 @@ class ThreatModel:
             highest = ((centre + self.eps) * _LEVELS + _SLACK).floor()
             return _pixels((points.double() * _LEVELS).round().clamp(lowest, highest)).to(points.dtype)
         found = _pixels((centre * _LEVELS).round())
-        open_ = torch.ones(len(points), dtype=torch.bool)
+        left = torch.ones(len(points), dtype=torch.bool)
         for part in range(_PARTS, 0, -1):
             tried = _pixels(((centre + (points.double() - centre) * (part / _PARTS)) * _LEVELS).round())
-            fits = open_ & (self.size(tried - centre) <= self.eps + TOLERANCE / 2)
+            fits = left & (self.size(tried - centre) <= self.eps + TOLERANCE / 2)
             found[fits] = tried[fits]
-            open_ &= ~fits
+            left &= ~fits
         return found.to(points.dtype)
 
     def step(self, gradient: Tensor, length: float | Tensor) -> Tensor:

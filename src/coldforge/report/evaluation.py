@@ -172,16 +172,13 @@ def footnotes(record: EvaluationRecord) -> list[str]:
 
 
 def _agreement(found: AgreementRecord) -> str:
-    low = min(found.clean, found.adversarial) < LEAST_AGREEMENT
-    return (
+    said = (
         f"The file gives the label of the network beside it on {100 * found.clean:.2f} % of the clean images and "
         f"{100 * found.adversarial:.2f} % of PGD-20's last iterates"
-        + (
-            f"; at least {100 * LEAST_AGREEMENT:g} % of each was expected: gradients of this network may mislead."
-            if low
-            else "."
-        )
     )
+    if min(found.clean, found.adversarial) >= LEAST_AGREEMENT:
+        return f"{said}."
+    return f"{said}; at least {100 * LEAST_AGREEMENT:g} % of each was expected: gradients of this network may mislead."
 
 
 def target_name(record: EvaluationRecord) -> str:
