@@ -65,6 +65,7 @@ def test_quickstart(tmp_path: Path) -> None:
         "finetune.batch_size=32",
         "finetune.lr=0.02",
         'evaluate.attacks=["fgsm"]',
+        "evaluate.masking_n=0",
         "compute.threads=1",
     ]
     words = [word for setting in settings for word in ("--set", setting)]
