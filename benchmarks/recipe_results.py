@@ -317,9 +317,28 @@ def paper_table(folder: Path = RESULTS, data: str = "fashion-mnist") -> str:
         papers = [found["paper"] for found in row if "paper" in found]
         if papers:
             columns = [[paper["robust_accuracy"][which] for paper in papers] for which in (*PAPER, WORST_CASE)]
-            columns.insert(0, [paper["clean_accuracy"] for paper in papers])
-            cells = " | ".join(_spread([100 * value for value in values]) for values in columns)
-            lines.append(f"| {name} | {len(papers)} | {cells} |")
+            clean = _spread([100 * paper["clean_accuracy"] for paper in papers])
+            cells = " | ".join(_spread([100 * value for value in values]) + _flag(row) for values in columns)
+            lines.append(f"| {name} | {len(papers)} | {clean} | {cells} |")
+    return "\n".join(lines) if len(lines) > 2 else "*Not computed yet.*"
+
+
+def lite_table(folder: Path = RESULTS, data: str = "fashion-mnist") -> str:
+    """What AutoAttack-lite leaves beside the whole ensemble, of the same images, where both were run."""
+    lines = [
+        "| network | images | AutoAttack-lite % | AutoAttack % | difference, points |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for name, row in _rows(folder, data).items():
+        for found in [found for found in row if "lite" in found]:
+            whole = from_hex(found["stands"], found["n"])
+            lite = from_hex(found["lite"]["stands"], found["lite"]["n"])[: len(whole)]
+            gap, low, high = paired(lite, whole)
+            flag = _flag([found])
+            lines.append(
+                f"| {name} (seed {found['seed']}) | {len(whole)} | {100 * lite.mean():.1f}{flag} "
+                f"| {100 * whole.mean():.1f}{flag} | {gap:+.1f} [{low:+.1f}, {high:+.1f}] |"
+            )
     return "\n".join(lines) if len(lines) > 2 else "*Not computed yet.*"
 
 
@@ -344,9 +363,14 @@ def _line(name: str, row: Sequence[Found]) -> str:
     verdicts = ", ".join(sorted({_masking(found) for found in row}))
     macs = statistics.fmean(found["train_macs"] for found in row) / 1e12
     return (
-        f"| {name} | {len(row)} | {_spread(clean)} | {_spread(robust)} | {broken} | {verdicts} "
+        f"| {name} | {len(row)} | {_spread(clean)} | {_spread(robust)}{_flag(row)} | {broken} | {verdicts} "
         f"| {macs:.1f} | {row[0]['packed_bytes'] / 1000:.0f} KB |"
     )
+
+
+def _flag(*rows: Sequence[Found]) -> str:
+    """What must stand beside a number made of these robust accuracies."""
+    return " (suspect)" if any(found["masking"] == "suspect" for row in rows for found in row) else ""
 
 
 def _masking(found: Found) -> str:
@@ -368,9 +392,9 @@ def _verdicts(rows: dict[str, list[Found]]) -> Iterator[str]:
             yield f"| {goal.row} | {goal.against} | ≥ −{goal.points:g} | not computed yet | | | |"
             continue
         found, met, seeds = judged
-        more = _judged(goal, _lite(ours), _lite(theirs))
-        decided = f"{more[0]}: {more[1]}" if more else ""
-        yield f"| {goal.row} | {goal.against} | ≥ −{goal.points:g} | {found} | {seeds} | {met} | {decided} |"
+        more, flag = _judged(goal, _lite(ours), _lite(theirs)), _flag(ours, theirs)
+        decided = f"{more[0]}{flag}: {more[1]}" if more else ""
+        yield f"| {goal.row} | {goal.against} | ≥ −{goal.points:g} | {found}{flag} | {seeds} | {met} | {decided} |"
     for name in [goal.row for goal in CHEAP if goal.row in rows and REFERENCE in rows]:
         spent = statistics.fmean(found["train_macs"] for found in rows[name])
         whole = statistics.fmean(found["train_macs"] for found in rows[REFERENCE])

@@ -5,8 +5,8 @@ A table stands between `<!-- KIND: PATH -->` and `<!-- end -->`. PATH is a file,
 is `table` (a record.json), `clipping`, `attack_parity`, `attack_peers`, `attack_speed`, `int4` (by the benchmarks of
 that name), `sweep` (the table.csv of a sweep), `sweep_seconds`, `sweep_sizes`, `sweep_trials` or `sweep_workers` (by
 sweep_scale), `paper_figure`, `paper_claims` or `paper_readings` (by paper_figure), one of the tables of
-benchmarks/tables.py, or, with the folder of the records as PATH, `recipe_results` or `goals`. Where there is no record
-yet, it says so.
+benchmarks/tables.py, or, with the folder of the records as PATH, `recipe_results`, `recipe_paper`, `recipe_lite` or
+`goals`. Where there is no record yet, it says so.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def filled(text: str) -> str:
     kinds = {"table": stages, "clipping": clipping, "int4": int4, "goals": goals}
     kinds |= {"attack_parity": attack_parity, "attack_peers": attack_peers, "attack_speed": attack_speed}
     kinds |= {"sweep": sweep, "recipe_results": recipe_results.table, "recipe_paper": recipe_results.paper_table}
+    kinds |= {"recipe_lite": recipe_results.lite_table}
     kinds |= {"sweep_seconds": sweep_seconds, "sweep_sizes": sweep_sizes}
     kinds |= {"sweep_trials": sweep_trials, "sweep_workers": sweep_workers}
     kinds |= {kind: partial(benchmark, table) for kind, table in tables.TABLES.items()}
@@ -122,9 +123,10 @@ def sweep(path: Path) -> str:
     for row in rows:
         low, high = (100 * float(row[f"robust:{end}"]) for end in ("low", "high"))
         name = (row["name"] == "artifact" and row.get("variant")) or row["label"]
+        flag = " (suspect)" if row["masking"] == "suspect" else ""
         lines.append(
             f"| {name} | {100 * float(row['clean_accuracy']):.1f} "
-            f"| {100 * float(row['robust:worst_case']):.1f} | {low:.1f} – {high:.1f} "
+            f"| {100 * float(row['robust:worst_case']):.1f}{flag} | {low:.1f} – {high:.1f} "
             f"| {float(row['train_macs']) / 1e12:.1f} |"
         )
     return "\n".join(lines)

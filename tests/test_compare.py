@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,21 @@ def test_what_a_reader_must_know_is_said(tmp_path: Path) -> None:
         f"the robust accuracies of {second} are not checked for masking",
         "pgd-20 had other settings, or another version, in one of them",
     )
+
+
+def test_a_suspect_accuracy_is_printed_with_its_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    suspect = {"verdict": "suspect", "checks": []}
+    first = folder(tmp_path / "a", [0], {"pgd-20": [1]})
+    second = folder(tmp_path / "b", [0], {"pgd-20": [2, 3]}, masking=suspect)
+    assert [each.suspect for each in compare(first, second).differences] == [(False, False), *[(False, True)] * 2]
+    assert main(["compare", str(first), str(second)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    clean, pgd, worst = (next(line for line in lines if name in line) for name in ("clean", "pgd-20", "worst_case"))
+    assert "suspect" not in clean
+    for line in (pgd, worst):
+        assert re.search(r"96\.0\s.*94\.0 suspect", line)
+    assert main(["compare", str(first), str(second), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["differences"][1]["suspect"] == [False, True]
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:

@@ -179,8 +179,10 @@ def compare(first: Path, second: Path, /, *, json: bool = False) -> None:
             (
                 each.what,
                 each.n,
-                f"{100 * each.first:.1f}",
-                f"{100 * each.second:.1f}",
+                *(
+                    f"{100 * accuracy:.1f}{' suspect' if suspect else ''}"
+                    for accuracy, suspect in zip((each.first, each.second), each.suspect, strict=True)
+                ),
                 "{:+.1f} [{:+.1f}, {:+.1f}]".format(
                     100 * (each.first - each.second), *(100 * end for end in each.interval)
                 ),

@@ -11,7 +11,7 @@ import pytest
 import recipe_results
 import torch
 from attacks_parity import to_hex
-from recipe_results import REFERENCE, Found, difference, paper_table, slug, table, wanted
+from recipe_results import REFERENCE, Found, difference, lite_table, paper_table, slug, table, wanted
 
 from coldforge.evaluate import paired_interval
 from coldforge.evaluation.request import Request
@@ -101,6 +101,39 @@ def test_the_table_of_the_papers_attacks_has_the_rows_that_met_them(tmp_path: Pa
     lines = paper_table(tmp_path).splitlines()
     assert lines[2:] == [f"| {HALF} | 2 | 90.5 ± 0.7 | 88.0 ± 0.0 | 85.0 ± 0.0 | 84.0 ± 0.0 |"]
     assert paper_table(tmp_path / "nothing") == "*Not computed yet.*"
+
+
+def test_the_cheap_cascade_is_held_against_the_ensemble_on_the_same_images(tmp_path: Path) -> None:
+    lite = {"n": 6, "stands": to_hex(torch.tensor([True] * 4 + [False, True]))}
+    row = found(HALF, [True, True, False, False], lite=lite)  # the ensemble: the first four images
+    (tmp_path / "row.json").write_text(json.dumps(row), encoding="utf-8")
+    (tmp_path / "other.json").write_text(json.dumps(found(QUARTER, [True] * 4)), encoding="utf-8")
+    low, high = (100 * end for end in paired_interval(2, 0, 4))
+    (line,) = lite_table(tmp_path).splitlines()[2:]
+    assert line == f"| {HALF} (seed 0) | 4 | 100.0 | 50.0 | +50.0 [{low:+.1f}, {high:+.1f}] |"
+    assert lite_table(tmp_path / "nothing") == "*Not computed yet.*"
+
+
+def test_what_is_made_of_suspect_accuracies_says_so(tmp_path: Path) -> None:
+    paper = {
+        "n": 10,
+        "clean_accuracy": 0.9,
+        "robust_accuracy": dict.fromkeys([*recipe_results.PAPER, "worst_case"], 0.8),
+    }
+    lite = {"n": 10, "stands": to_hex(torch.ones(10, dtype=torch.bool))}
+    doubtful = {"masking": "suspect", "failed_checks": ["binarization"]}
+    rows = [
+        found(REFERENCE, [True] * 10, paper=paper, lite=lite),
+        found(HALF, [True] * 10, paper=paper, lite=lite, **doubtful),
+        found(QUARTER, [True] * 10, paper=paper, lite=lite),
+    ]
+    for number, row in enumerate(rows):
+        (tmp_path / f"{number}.json").write_text(json.dumps(row), encoding="utf-8")
+    lines = [*table(tmp_path).splitlines(), *paper_table(tmp_path).splitlines()]
+    robust = [line for line in lines if line.startswith(f"| {HALF} |") and "not computed" not in line]
+    assert [line.count("(suspect)") for line in robust] == [1, 2, 3], "accuracy; two differences; three attacks"
+    sound = [line for line in lines if line.startswith((f"| {QUARTER} |", f"| {REFERENCE} |"))]
+    assert not any("suspect" in line for line in sound)
 
 
 def test_goals_and_the_sweep_have_the_same_rows() -> None:

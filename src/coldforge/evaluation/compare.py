@@ -34,6 +34,8 @@ class Difference:
     """95 % interval of first minus second (:func:`coldforge.evaluate.paired_interval`)."""
     p: float
     """p-value of McNemar's exact test."""
+    suspect: tuple[bool, bool] = (False, False)
+    """Whether the masking checks call the first, and the second, accuracy suspect; never the clean one."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class _Side:
     right: Tensor
     stands: dict[str, Tensor]
 
+    @property
+    def suspect(self) -> bool:
+        """Whether the masking checks say that the robust accuracies may not hold."""
+        return self.masking.verdict == "suspect"
+
 
 def compare(first: Path, second: Path) -> Comparison:
     """Clean and robust accuracy of two networks, image by image.
@@ -79,9 +86,11 @@ def compare(first: Path, second: Path) -> Comparison:
         said = [f"{m.norm} {m.eps:g}{'' if m.box else ' without the box'}" for m in (s.threat_model for s in sides)]
         raise UsageError(f"expected the same threat model, got {said[0]} in {first} and {said[1]} in {second}")
     names = [name for name in sides[0].stands if name in sides[1].stands]
-    found = [_difference(CLEAN, *(side.right[:shared] for side in sides))]
-    found += [_difference(name, *(side.stands[name] for side in sides)) for name in names]
-    found.append(_difference(WORST_CASE, *(_worst(side) for side in sides)))
+    one, two = sides
+    suspect = one.suspect, two.suspect
+    found = [_difference(CLEAN, one.right[:shared], two.right[:shared])]
+    found += [_difference(name, one.stands[name], two.stands[name], suspect) for name in names]
+    found.append(_difference(WORST_CASE, _worst(one), _worst(two), suspect))
     return Comparison(tuple(found), tuple(_notes(sides)))
 
 
@@ -118,7 +127,7 @@ def _worst(side: _Side) -> Tensor:
     return worst
 
 
-def _difference(what: str, first: Tensor, second: Tensor) -> Difference:
+def _difference(what: str, first: Tensor, second: Tensor, suspect: tuple[bool, bool] = (False, False)) -> Difference:
     n = min(len(first), len(second))
     first, second = first[:n], second[:n]
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
@@ -131,6 +140,7 @@ def _difference(what: str, first: Tensor, second: Tensor) -> Difference:
         only_second,
         paired_interval(only_first, only_second, n),
         mcnemar(only_first, only_second),
+        suspect,
     )
 
 
@@ -143,7 +153,7 @@ def _notes(sides: tuple[_Side, _Side]) -> list[str]:
             notes.append(f"only {side.name} was attacked with {tried}: the worst cases are not of the same attacks")
         if side.masking.verdict != "ok":
             failed = ", ".join(check.name for check in side.masking.checks if not check.passed)
-            said = f"suspect ({failed})" if side.masking.verdict == "suspect" else "not checked for masking"
+            said = f"suspect ({failed})" if side.suspect else "not checked for masking"
             notes.append(f"the robust accuracies of {side.name} are {said}")
         if side.unfinished:
             notes.append(f"{side.name} is bounded by its budget: images that were not finished count as robust")
