@@ -5,8 +5,8 @@ A table stands between `<!-- KIND: PATH -->` and `<!-- end -->`. PATH is a file,
 is `table` (a record.json), `clipping`, `attack_parity`, `attack_peers`, `attack_speed`, `int4` (by the benchmarks of
 that name), `sweep` (the table.csv of a sweep), `sweep_seconds`, `sweep_sizes`, `sweep_trials` or `sweep_workers` (by
 sweep_scale), `paper_figure`, `paper_claims` or `paper_readings` (by paper_figure), one of the tables of
-benchmarks/tables.py, or, with the folder of the records as PATH, `recipe_results`, `recipe_paper`, `recipe_lite` or
-`goals`. Where there is no record yet, it says so.
+benchmarks/tables.py, or, with the folder of the records as PATH, `recipe_results`, `recipe_cifar10`, `recipe_paper`,
+`recipe_lite` or `goals`. Where there is no record yet, it says so.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def filled(text: str) -> str:
     kinds = {"table": stages, "clipping": clipping, "int4": int4, "goals": goals}
     kinds |= {"attack_parity": attack_parity, "attack_peers": attack_peers, "attack_speed": attack_speed}
     kinds |= {"sweep": sweep, "recipe_results": recipe_results.table, "recipe_paper": recipe_results.paper_table}
-    kinds |= {"recipe_lite": recipe_results.lite_table}
+    kinds |= {"recipe_lite": recipe_results.lite_table, "recipe_cifar10": partial(recipe_results.table, data="cifar10")}
     kinds |= {"sweep_seconds": sweep_seconds, "sweep_sizes": sweep_sizes}
     kinds |= {"sweep_trials": sweep_trials, "sweep_workers": sweep_workers}
     kinds |= {kind: partial(benchmark, table) for kind, table in tables.TABLES.items()}

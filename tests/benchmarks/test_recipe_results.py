@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,17 +137,50 @@ def test_what_is_made_of_suspect_accuracies_says_so(tmp_path: Path) -> None:
     assert not any("suspect" in line for line in sound)
 
 
-def test_goals_and_the_sweep_have_the_same_rows() -> None:
+@pytest.mark.parametrize("data", recipe_results.GOALS)
+def test_goals_and_the_sweep_have_the_same_rows(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from coldforge.sweep import expand, load_sweep
 
-    trials = expand(load_sweep(Path(__file__).parents[2] / "recipes" / "results-fashion-mnist.toml"))
-    rows = {str(trial.point["row"]) for trial in trials}
-    assert rows == {REFERENCE} | {name for goal in recipe_results.GOALS for name in (goal.row, goal.against)}
-    bits = {str(trial.point["row"]): trial.recipe.quantize for trial in trials}
-    assert (bits["half, 2 bits, 10 epochs"].weight_bits, bits["half, 2 bits, 10 epochs"].activation_bits) == (2, 2)
-    assert not bits[REFERENCE].enabled
-    stages = {str(trial.point["row"]): trial.recipe.evaluate.stages for trial in trials}
-    assert "baseline" in stages[REFERENCE], "whose multiply-adds are the reference's"
+    monkeypatch.delenv("COLDFORGE_RESNET20", raising=False)
+    trials = expand(load_sweep(Path(__file__).parents[2] / "recipes" / f"results-{data}.toml"))
+    rows = {str(trial.point["row"]): trial.recipe for trial in trials}
+    goals = recipe_results.GOALS[data]
+    assert set(rows) == {REFERENCE} | {goal.row for goal in goals} | {
+        goal.against for goal in goals if isinstance(goal, recipe_results.Goal)
+    }
+    assert {recipe.data.source for recipe in rows.values()} == {data}
+    reference = rows[REFERENCE]
+    assert not reference.quantize.enabled
+    assert "baseline" in reference.evaluate.stages, "whose multiply-adds are the reference's"
+    assert reference.model.train.attack == "pgd-7"
+    assert reference.model.train.epochs >= 15
+    assert not reference.model.checkpoint
+    for label, recipe in rows.items():
+        if told := re.search(r"(\d+)(?:-bit weights, (\d+)-bit activations| bits)", label):
+            bits = int(told[1]), int(told[2] or told[1])
+            assert (recipe.quantize.weight_bits, recipe.quantize.activation_bits) == bits
+        if told := re.search(r"(\d+) epochs$", label):
+            trained = recipe.model.train if label == REFERENCE else recipe.finetune
+            assert trained.epochs == int(told[1])
+
+
+def test_a_floor_is_reached_by_both_accuracies() -> None:
+    floor = recipe_results.Floor("net", robust=43.0, clean=77.0)
+    rows = {"net": [found("net", [True] * 44 + [False] * 56, clean_accuracy=0.78)]}
+    assert (
+        _goal_line(rows, floor)
+        == "| net | nothing | ≥ 43 % robust, 77 % clean | 44.0 % robust, 78.0 % clean | 1 | yes | |"
+    )
+    rows["net"][0] |= {"clean_accuracy": 0.76, "masking": "suspect"}
+    assert "44.0 % robust (suspect), 76.0 % clean | 1 | no |" in _goal_line(rows, floor)
+    rows["net"][0] |= {"clean_accuracy": 0.78, "robust_accuracy": 0.42}
+    assert "| no |" in _goal_line(rows, floor)
+    assert "| not computed yet |" in _goal_line({}, floor)
+
+
+def _goal_line(rows: dict[str, list[Found]], floor: recipe_results.Floor) -> str:
+    *_, line = recipe_results._verdicts(rows, [floor])
+    return line
 
 
 def test_labels_and_seeds_choose() -> None:

@@ -7,6 +7,7 @@ import torch
 
 from coldforge.attacks import ThreatModel, predict
 from coldforge.compress import prune, quantize
+from coldforge.deploy import export_onnx, open_session
 from coldforge.evaluate import Target, masking_panel
 from coldforge.recipe import PruneSpec, QuantizeSpec
 
@@ -70,6 +71,19 @@ def test_an_honest_network_is_not_flagged(name, threat, conclusive, networks, da
     (planted,) = [check for check in found.checks if check.name == "binarization"]
     assert planted.meaning.startswith(("of the adversarial images planted for", "not conclusive, so not counted"))
     assert not (conclusive and planted.meaning.startswith("not conclusive")), planted.meaning
+
+
+def test_an_honest_file_beside_its_twin_and_its_parent_is_not_flagged(networks, data, ball, tmp_path):
+    """As `coldforge run` asks: the file has the last word, and images come from its parent, too."""
+    export_onnx(networks["int8"], tmp_path / "model.onnx", image_shape=(1, 14, 14), classes=[str(n) for n in range(10)])
+    file = open_session(tmp_path / "model.onnx", threads=1)
+    target = Target(networks["int8"], file, {"its float parent": networks["adversarial"]})
+    found = masking_panel(target, data.test, data.test_labels, ball)
+    assert not [f"{check.name}: {check.meaning}" for check in found.checks if not check.passed]
+    assert found.verdict == "ok"
+    asked = {check.name: check for check in found.checks}
+    assert asked["binarization"].conclusive
+    assert "images made on other networks fooled" in asked["transfer_beats_gradient"].meaning
 
 
 def test_confident_is_not_masked(natural, data):
