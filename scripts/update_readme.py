@@ -120,9 +120,11 @@ def sweep(path: Path) -> str:
     attacks = [name for name in columns if name not in apart]
     said = ", ".join(name.replace("pgd", "PGD").replace("autoattack", "AutoAttack") for name in attacks)
     lines = [f"| variant | clean % | {said}, worst case % | 95 % | training, 10¹² MACs |", "|---|---:|---:|---|---:|"]
+    seeds = {row["seed"] for row in rows}
     for row in rows:
         low, high = (100 * float(row[f"robust:{end}"]) for end in ("low", "high"))
         name = (row["name"] == "artifact" and row.get("variant")) or row["label"]
+        name += f" (seed {row['seed']})" if len(seeds) > 1 else ""
         flag = " (suspect)" if row["masking"] == "suspect" else ""
         lines.append(
             f"| {name} | {100 * float(row['clean_accuracy']):.1f} "
