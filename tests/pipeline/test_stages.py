@@ -17,7 +17,7 @@ from coldforge.models import model_source
 from coldforge.pipeline import arrow
 from coldforge.progress import Progress
 from coldforge.recipe import load_recipe
-from coldforge.stages import networks
+from coldforge.stages import Shop, networks
 
 ON_THE_FILE = ["evaluate: artifact", "masking*", "agreement*", "adversarial examples", "latency*"]
 AFTER_TUNING = ["fine-tune*", "*tuned*", *ON_THE_FILE]
@@ -190,6 +190,23 @@ def test_what_changed_for_some_trainings_changes_their_keys_only(recipe, stages_
         trained = [label for label, stage in now.items() if stage.trains]
         assert "baseline: train" in trained
         assert [label for label in trained if now[label].key != then[label].key] == affected
+
+
+@pytest.mark.parametrize(("optimizer", "bits", "said"), [("muon", 4, True), ("sgd", 4, False), ("muon", 32, False)])
+def test_how_steps_are_learned_is_in_the_key(recipe, stages_of, optimizer, bits, said, monkeypatch):
+    specs = {}
+    declare = Shop.declare
+
+    def watched(shop, kind, label, spec, *more, **options):
+        specs[label] = spec
+        return declare(shop, kind, label, spec, *more, **options)
+
+    monkeypatch.setattr(Shop, "declare", watched)
+    changes = {"quantize.weight_bits": bits, "quantize.activation_bits": bits, "finetune.optimizer": optimizer}
+    stages_of(recipe(changes | {"finetune.epochs": 3, "finetune.float_epochs": 1}), network="zoo:cnn8")
+    (label,) = [label for label in specs if label == "fine-tune: adversarial"]
+    assert ("steps are stretched" in specs[label]) is said
+    assert not any("steps are stretched" in spec for other, spec in specs.items() if " in float" in other)
 
 
 def test_the_control_has_the_budget_of_the_hardening_too(recipe, stages_of):

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from coldforge.compress import QuantizedLayer
 from coldforge.recipe import TrainSpec
 from coldforge.train import train
-from coldforge.train.muon import Muon, macs_of_a_step, orthogonal
-from coldforge.train.optimizer import make_optimizer, turned
+from coldforge.train.muon import STRETCH, Muon, macs_of_a_step, orthogonal
+from coldforge.train.optimizer import filter_norms, follow, make_optimizer, turned
 
 
 @settings(max_examples=60, deadline=None)
@@ -138,3 +139,70 @@ def test_its_arithmetic_is_counted(build, splits, threat):
     spec = {"epochs": 1, "batch_size": 33, "lr": 0.01}
     plain = train(network, splits, TrainSpec(**spec), threat).macs
     assert train(network, splits, TrainSpec(optimizer="muon", **spec), threat).macs == plain + 2 * each
+
+
+def quantizer_of(network):
+    return next(part for part in network.modules() if isinstance(part, QuantizedLayer))
+
+
+def test_steps_follow_their_filters(build):
+    """Whatever a turn did to the norm of a filter, its codes stay."""
+    network = build("quantized")
+    layer, name = quantizer_of(network), next(iter(filter_norms(network)))
+    factors = torch.logspace(-4, 2, len(layer.weight))
+    codes, before, start = layer.weight_codes(), filter_norms(network), layer.weight_step.detach().clone()
+    with torch.no_grad():
+        layer.weight.mul_(factors.view(-1, 1, 1, 1))
+    assert not torch.equal(layer.weight_codes(), codes)
+    grown = follow(network, before)
+    assert torch.equal(layer.weight_codes(), codes)
+    assert torch.allclose(layer.weight_step, start * factors)
+    assert torch.allclose(grown[name], factors)
+    assert all(torch.equal(other, torch.ones_like(other)) for key, other in grown.items() if key != name)
+
+
+def test_a_filter_of_zeros_keeps_its_step(build):
+    network = build("quantized")
+    layer = quantizer_of(network)
+    with torch.no_grad():
+        layer.weight[0] = 0
+        before, start = filter_norms(network), layer.weight_step.detach().clone()
+        layer.weight[0] = 1
+    follow(network, before)
+    assert torch.equal(layer.weight_step, start)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 20), st.floats(-6, 6), st.floats(-6, 6), st.integers(0, 999))
+def test_steps_move_by_factors(n, size, scale, seed):
+    """By the same ones, whatever their size and that of the gradient; against the gradient; and stay positive."""
+    generator = torch.Generator().manual_seed(seed)
+    start, gradient = torch.rand(n, generator=generator) + 0.1, torch.randn(n, generator=generator)
+    found = []
+    for unit, loss in ((1.0, 1.0), (10.0**size, 10.0**scale)):
+        steps = nn.Parameter(start * unit)
+        steps.grad = gradient * loss / unit
+        Muon([{"params": [steps], "stretches": True}], lr=0.5, momentum=0.9, nesterov=True).step()
+        found.append((steps.detach() / (start * unit)).log())
+    assert torch.allclose(*found, atol=1e-5)
+    assert found[0].square().mean().sqrt() == pytest.approx(0.5 * STRETCH, rel=1e-3)
+    assert (found[0] * gradient <= 0).all()
+
+
+def test_steps_without_a_gradient_stay():
+    steps = nn.Parameter(torch.tensor([0.5, 2.0]))
+    optimizer = Muon([{"params": [steps], "stretches": True}], lr=0.5, momentum=0.9)
+    optimizer.step()
+    steps.grad = torch.zeros(2)
+    optimizer.step()
+    assert torch.equal(steps.detach(), torch.tensor([0.5, 2.0]))
+
+
+def test_filters_keep_their_codes_through_a_training(build, splits, threat):
+    """8 bits are 8 bits afterwards, too: left to SGD, steps ended at the border of their range, and filters at 0."""
+    network = build("quantized")
+    spec = TrainSpec(epochs=4, batch_size=33, lr=0.1, optimizer="muon", objective="adversarial", attack="fgsm-rs")
+    trained = train(network, splits, spec, threat).model
+    for layer in (part for part in trained.modules() if isinstance(part, QuantizedLayer)):
+        largest = (layer.weight.detach().flatten(1).abs().amax(1) / layer.weight_step.detach()).median()
+        assert 0.5 * layer.qmax < largest < 2 * layer.qmax

@@ -276,6 +276,8 @@ def finetune(
     settings = [] if spec is None else [spec, threat_of(shop, spec)]
     if spec is not None and begun is not None:
         settings.append("keeps BatchNorm")  # networks of older stores did not
+    if spec is not None and quantization.enabled and spec.optimizer == "muon":
+        settings.append("steps are stretched")  # they were left to SGD
     cost = 0.0 if spec is None else 1.5 * training_macs(shop, spec, shop.small_macs())
     return shop.declare(
         "finetune",

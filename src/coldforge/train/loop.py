@@ -40,7 +40,7 @@ from coldforge.train.checkpoint import Shelf, TrainState
 from coldforge.train.guard import Collapse, NotFinite, monitor, refuse_collapse
 from coldforge.train.muon import macs_of_a_step
 from coldforge.train.objective import Objective, Teacher, check_inner
-from coldforge.train.optimizer import make_fabric, make_optimizer, quantizer_steps, turned
+from coldforge.train.optimizer import filter_norms, follow, make_fabric, make_optimizer, quantizer_steps, turned
 from coldforge.train.schedule import bits_now, learning_rate, ramped_eps
 from coldforge.train.searcher import Searcher
 from coldforge.train.weights import Averaged, copies, perturbed
@@ -280,8 +280,12 @@ class _Attempt:
                     self._fabric.backward(worse)
         total = loss.detach().clone()
         self._world.add_up([total, *(p.grad for p in network.parameters() if p.grad is not None)])
+        norms = filter_norms(network) if spec.optimizer == "muon" else {}
         self._optimizer.step()
         with torch.no_grad():
+            if norms:
+                grown = follow(network, norms)
+                self._calibrated = {name: start * grown.get(name, 1.0) for name, start in self._calibrated.items()}
             for name, learned in quantizer_steps(network).items():
                 start = self._calibrated[name]
                 learned.clamp_(start / STEP_RANGE, start * STEP_RANGE)

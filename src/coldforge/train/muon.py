@@ -10,6 +10,8 @@ from torch import Tensor
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, from the source below
 _TINY = 1e-7
+STRETCH = 0.1
+"""Steps of quantizers move, in their logarithms, by this part of the learning rate."""
 
 
 def orthogonal(matrix: Tensor, *, steps: int = 5) -> Tensor:
@@ -41,12 +43,17 @@ def macs_of_a_step(weights: Iterable[Tensor], *, steps: int = 5) -> int:
 
 
 class Muon(torch.optim.SGD):
-    """Muon for groups of weights that have ``"turns": True``, SGD for everything else.
+    """Muon for groups of weights that have ``"turns": True``, SGD for everything else but ``"stretches": True``.
 
     A step turns the weights of a layer, as a matrix ``(outputs, inputs)`` of whole filters, by the part ``lr`` of their
     norm, and keeps the norm: what follows a hidden layer (BatchNorm, or a scale learned elsewhere) does not need
     it, and steps relative to a norm that they let grow would grow with it. The source scales by the shape instead, and
     decays the weights; here weight decay counts for SGD alone.
+
+    What stretches are positive numbers, the steps of quantizers: they move by factors, the logarithms of a tensor by
+    ``STRETCH * lr`` in root mean square, as learned thresholds do in Jain et al., *Trained Quantization Thresholds*,
+    MLSys 2020 (there by Adam). With plain SGD (LSQ) a small step next to a layer that turns is carried to either end of
+    its range.
 
     Arguments as those of :class:`torch.optim.SGD`.
     """
@@ -58,17 +65,31 @@ class Muon(torch.optim.SGD):
             for weight in group["params"] if group.get("turns") else ():
                 if weight.grad is not None:
                     self._turn(weight, lr=group["lr"], momentum=group["momentum"], nesterov=group["nesterov"])
+            for size in group["params"] if group.get("stretches") else ():
+                if size.grad is not None:
+                    self._stretch(size, lr=group["lr"], momentum=group["momentum"])
         return super().step(closure)
 
     def _turn(self, weight: Tensor, *, lr: float, momentum: float, nesterov: bool) -> None:
-        grad, state = weight.grad, self.state[weight]
+        grad = weight.grad
         assert grad is not None
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(weight)
-        average = state["momentum_buffer"].mul_(momentum).add_(grad)
+        average = self._average(weight, grad, momentum)
         direction = grad.add(average, alpha=momentum) if nesterov else average
         turn = orthogonal(direction.flatten(1)).view_as(weight)
         norm = weight.norm()
         weight.sub_(turn * (lr * norm / (turn.norm() + _TINY)))
         weight.mul_(norm / (weight.norm() + _TINY))
         weight.grad = None  # SGD passes by what has no gradient
+
+    def _stretch(self, size: Tensor, *, lr: float, momentum: float) -> None:
+        assert size.grad is not None
+        average = self._average(size, size.grad * size, momentum)  # the gradient by the logarithm
+        size.mul_(torch.exp(-STRETCH * lr * average / (average.square().mean().sqrt() + _TINY**4)))
+        size.grad = None
+
+    def _average(self, parameter: Tensor, grad: Tensor, momentum: float) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        average: Tensor = state["momentum_buffer"].mul_(momentum).add_(grad)
+        return average

@@ -6,7 +6,7 @@ import logging
 import warnings
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from coldforge.compress import ActivationQuantizer, QuantizedLayer
 from coldforge.recipe import TrainSpec
@@ -28,7 +28,10 @@ def make_fabric(precision: str):  # type: ignore[no-untyped-def]  # Fabric's gen
 def make_optimizer(network: nn.Module, spec: TrainSpec) -> torch.optim.SGD:
     """SGD or Muon over everything that ``network`` learns."""
     kind = Muon if spec.optimizer == "muon" else torch.optim.SGD
-    groups = _parameter_groups(network, spec.weight_decay, turned(network) if kind is Muon else [])
+    apart: dict[str, list[nn.Parameter]] = {}
+    if kind is Muon:
+        apart = {"turns": turned(network), "stretches": list(quantizer_steps(network).values())}
+    groups = _parameter_groups(network, spec.weight_decay, apart)
     return kind(groups, lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov)
 
 
@@ -44,15 +47,21 @@ def turned(network: nn.Module) -> list[nn.Parameter]:
     return [weight for weight in dict.fromkeys(own) if weight.requires_grad][:-1]
 
 
-def _parameter_groups(network: nn.Module, weight_decay: float, turning: list[nn.Parameter]) -> list[dict[str, object]]:
-    """Weights (more than one dimension) decay; biases, normalization and quantizer steps do not."""
-    apart = {id(weight) for weight in turning}
-    rest = [parameter for parameter in network.parameters() if parameter.requires_grad and id(parameter) not in apart]
+def _parameter_groups(
+    network: nn.Module, weight_decay: float, apart: dict[str, list[nn.Parameter]]
+) -> list[dict[str, object]]:
+    """Weights (more than one dimension) decay; biases, normalization and quantizer steps do not. What stands ``apart``
+    gets groups of its own, which have its name set.
+    """
+    elsewhere = {id(parameter) for parameters in apart.values() for parameter in parameters}
+    rest = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    rest = [parameter for parameter in rest if id(parameter) not in elsewhere]
     groups: list[dict[str, object]] = [
         {"params": [parameter for parameter in rest if parameter.ndim > 1], "weight_decay": weight_decay},
         {"params": [parameter for parameter in rest if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
-    return [*groups, {"params": turning, "weight_decay": 0.0, "turns": True}] if turning else groups
+    special = ({"params": parameters, "weight_decay": 0.0, name: True} for name, parameters in apart.items())
+    return [*groups, *(group for group in special if group["params"])]
 
 
 def quantizer_steps(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -66,3 +75,24 @@ def quantizer_steps(network: nn.Module) -> dict[str, nn.Parameter]:
         elif isinstance(module, ActivationQuantizer):
             steps[f"{name}.step"] = module.step
     return {name: step for name, step in steps.items() if step.requires_grad}
+
+
+def filter_norms(network: nn.Module) -> dict[str, Tensor]:
+    """Norm of each filter of each quantized layer, ``(C,)``, by the name of its steps."""
+    layers = [(name, part) for name, part in network.named_modules() if isinstance(part, QuantizedLayer)]
+    return {f"{name}.weight_step": layer.weight.detach().flatten(1).norm(dim=1) for name, layer in layers}
+
+
+@torch.no_grad()
+def follow(network: nn.Module, before: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Stretch the steps of filters as these have grown since :func:`filter_norms`; by how much, by name.
+
+    Muon keeps the norm of a layer, not of its filters: some shrink a thousandfold. Steps that stayed behind would round
+    them to a few codes, or to 0.
+    """
+    steps, now = quantizer_steps(network), filter_norms(network)
+    both = [(name, norm, before[name]) for name, norm in now.items() if name in steps]
+    grown = {name: torch.where(old > 0, norm / old, 1.0) for name, norm, old in both}
+    for name, factor in grown.items():
+        steps[name].mul_(factor)
+    return grown
