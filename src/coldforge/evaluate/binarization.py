@@ -51,7 +51,7 @@ RESTARTS = 3
 
 LEAST_FOUND = 0.75
 """Part of the planted images that the attack must find. Honest networks of the tests: 0.9 to 1; planted flaws: 0 to
-0.16. Between them lay real networks on which Square found what the ensemble's gradients had not (docs/evidence.md)."""
+0.16. Two networks of our own lay between them (docs/evidence.md)."""
 MOST_AT_RANDOM = 0.5
 """Where random sampling finds more of them, the test says nothing."""
 MOST_AT_RANDOM_HALFWAY = 0.25

@@ -48,7 +48,8 @@ from coldforge.train.world import World
 
 CHECKPOINT_SECONDS = 15.0
 STEP_RANGE = 10.0
-"""A learned quantizer step stays within this factor of its calibrated value."""
+"""A learned quantizer step stays within this factor of its calibrated value, which beside Muon follows the norm of its
+filter."""
 _INT8 = 127
 
 

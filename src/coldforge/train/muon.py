@@ -84,7 +84,10 @@ class Muon(torch.optim.SGD):
     def _stretch(self, size: Tensor, *, lr: float, momentum: float) -> None:
         assert size.grad is not None
         average = self._average(size, size.grad * size, momentum)  # the gradient by the logarithm
-        size.mul_(torch.exp(-STRETCH * lr * average / (average.square().mean().sqrt() + _TINY**4)))
+        direction = average / average.abs().amax().clamp_min(
+            torch.finfo(average.dtype).tiny
+        )  # whose squares are numbers
+        size.mul_(torch.exp(-STRETCH * lr * direction / (direction.square().mean().sqrt() + _TINY)))
         size.grad = None
 
     def _average(self, parameter: Tensor, grad: Tensor, momentum: float) -> Tensor:
