@@ -75,6 +75,11 @@ class Goal:
     against: str
     points: float
 
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """What it is about, in the order of the table."""
+        return self.against, self.row
+
 
 @dataclass(frozen=True)
 class Floor:
@@ -83,6 +88,11 @@ class Floor:
     row: str
     robust: float
     clean: float
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """What it is about."""
+        return (self.row,)
 
 
 REFERENCE = "R: dense, PGD-7, 15 epochs"
@@ -348,13 +358,11 @@ def lite_table(folder: Path = RESULTS, data: str = "fashion-mnist") -> str:
     ]
     for name, row in _rows(folder, data).items():
         for found in [found for found in row if "lite" in found]:
-            whole = from_hex(found["stands"], found["n"])
-            lite = from_hex(found["lite"]["stands"], found["lite"]["n"])[: len(whole)]
-            gap, low, high = paired(lite, whole)
-            flag = _flag([found])
+            gap, low, high, _ = difference(_lite([found]), [found])
+            whole, flag = 100 * found["robust_accuracy"], _flag([found])
             lines.append(
-                f"| {name} (seed {found['seed']}) | {len(whole)} | {100 * lite.mean():.1f}{flag} "
-                f"| {100 * whole.mean():.1f}{flag} | {gap:+.1f} [{low:+.1f}, {high:+.1f}] |"
+                f"| {name} (seed {found['seed']}) | {found['n']} | {whole + gap:.1f}{flag} | {whole:.1f}{flag} "
+                f"| {gap:+.1f} [{low:+.1f}, {high:+.1f}] |"
             )
     return "\n".join(lines) if len(lines) > 2 else "*Not computed yet.*"
 
@@ -365,8 +373,7 @@ def _rows(folder: Path, data: str) -> dict[str, list[Found]]:
     for found in load(folder):
         if found["data"] == data:
             rows.setdefault(found["row"], []).append(found)
-    goals = GOALS.get(data, ())
-    order = [REFERENCE, *(name for goal in goals for name in (getattr(goal, "against", goal.row), goal.row))]
+    order = [REFERENCE, *(name for goal in GOALS[data] for name in goal.rows)]
     names = sorted(rows, key=lambda name: (order.index(name) if name in order else len(order), name))
     return {name: rows[name] for name in names}
 

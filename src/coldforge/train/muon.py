@@ -84,9 +84,8 @@ class Muon(torch.optim.SGD):
     def _stretch(self, size: Tensor, *, lr: float, momentum: float) -> None:
         assert size.grad is not None
         average = self._average(size, size.grad * size, momentum)  # the gradient by the logarithm
-        direction = average / average.abs().amax().clamp_min(
-            torch.finfo(average.dtype).tiny
-        )  # whose squares are numbers
+        largest = average.abs().amax().clamp_min(torch.finfo(average.dtype).tiny)
+        direction = average / largest  # the squares of tiny gradients would be 0
         size.mul_(torch.exp(-STRETCH * lr * direction / (direction.square().mean().sqrt() + _TINY)))
         size.grad = None
 

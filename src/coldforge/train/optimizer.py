@@ -78,9 +78,13 @@ def quantizer_steps(network: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def filter_norms(network: nn.Module) -> dict[str, Tensor]:
-    """Norm of each filter of each quantized layer, ``(C,)``, by the name of its steps."""
+    """Norm of each filter of each layer whose steps are learned, ``(C,)``, by the name of these."""
     layers = [(name, part) for name, part in network.named_modules() if isinstance(part, QuantizedLayer)]
-    return {f"{name}.weight_step": layer.weight.detach().flatten(1).norm(dim=1) for name, layer in layers}
+    return {
+        f"{name}.weight_step": layer.weight.detach().flatten(1).norm(dim=1)
+        for name, layer in layers
+        if layer.weight_step.requires_grad
+    }
 
 
 @torch.no_grad()
@@ -90,9 +94,10 @@ def follow(network: nn.Module, before: dict[str, Tensor]) -> dict[str, Tensor]:
     Muon keeps the norm of a layer, not of its filters: some shrink a thousandfold. Steps that stayed behind would round
     them to a few codes, or to 0.
     """
-    steps, now = quantizer_steps(network), filter_norms(network)
-    both = [(name, norm, before[name]) for name, norm in now.items() if name in steps]
-    grown = {name: torch.where(old > 0, norm / old, 1.0) for name, norm, old in both}
+    grown = {
+        name: torch.where(before[name] > 0, norm / before[name], 1.0) for name, norm in filter_norms(network).items()
+    }
+    steps = quantizer_steps(network)
     for name, factor in grown.items():
         steps[name].mul_(factor)
     return grown
