@@ -44,7 +44,7 @@ from coldforge.attacks import parse_attack
 from coldforge.evaluate import WORST_CASE
 from coldforge.evaluation.job import evaluate_path
 from coldforge.evaluation.request import Request
-from coldforge.records import EvaluationRecord, load_record
+from coldforge.records import EvaluationRecord, Record, StageRecord, load_record
 from coldforge.sealed import sha256_of, write_atomic
 from coldforge.store import Store
 from coldforge.sweep import RecipeWorkshop
@@ -250,12 +250,16 @@ def _also(evaluation: EvaluationRecord, stands: torch.Tensor) -> Found:
     }
 
 
+def trained_stages(record: Record) -> list[StageRecord]:
+    """Whose training is counted: not the baseline's, which a user brings; but the reference is trained as one."""
+    others = [stage for stage in record.stages if stage.name != "baseline"]
+    return others if any(stage.train_macs for stage in others) else list(record.stages)
+
+
 def _found(network: Network, evaluation: EvaluationRecord, stands: torch.Tensor) -> Found:
-    stages = load_record(network.folder).stages
-    artifact = next(stage for stage in stages if stage.name == "artifact")
-    trained = [stage for stage in stages if stage.name != "baseline"]  # that is what a user brings
-    if not any(stage.train_macs for stage in trained):  # the reference is trained as a baseline
-        trained = list(stages)
+    record = load_record(network.folder)
+    artifact = next(stage for stage in record.stages if stage.name == "artifact")
+    trained = trained_stages(record)
     return {
         "data": network.data,
         "row": network.row,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -167,6 +168,19 @@ def main_job(record: Contents) -> str:
     return f"{markdown(header, rows, 2)}\n\n{where(record)}."
 
 
+def training_cost(record: Contents) -> str:
+    """Multiply-adds and time of a training, beside the reference's."""
+    rows = []
+    for run in record["runs"]:
+        steps = [f"{row['steps']:,} of {1e3 * statistics.median(row['seconds_a_step']):.1f} ms" for row in run["rows"]]
+        parts = [f"{found} {row['part']}" for found, row in zip(steps, run["rows"], strict=True)]
+        minutes = f"{run['seconds'] / 60:.1f}", f"{run['reference_seconds'] / 60:.0f}"
+        shares = f"{run['share_of_seconds']:.1%}", f"{run['share_of_macs']:.1%}"
+        rows.append([run["row"], "; ".join(parts), *minutes, *shares])
+    header = ["network", "steps", "minutes", "minutes of the reference", "time, beside it", "multiply-adds, beside it"]
+    return f"{markdown(header, rows, 2)}\n\n{where(record)}."
+
+
 def goals(records: Mapping[str, Contents]) -> str:
     """Every goal beside what was found; ``records`` are those that are there, by name."""
     found: list[tuple[str, str, Contents]] = []
@@ -246,6 +260,7 @@ def limits(record: Contents) -> str:
 
 TABLES: dict[str, Callable[[Contents], str]] = {
     "training_speed": training_speed,
+    "training_cost": training_cost,
     "quantization_overhead": quantization_overhead,
     "latency": latency,
     "latency_details": latency_details,

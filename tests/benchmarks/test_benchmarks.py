@@ -19,14 +19,18 @@ import quantization_overhead
 import startup
 import tables
 import torch
+import training_cost
 import training_speed
 import turns
 from networks import SHAPES, untrained
+from recipe_results import REFERENCE
 from torch.utils.flop_counter import FlopCounterMode
 
 from coldforge.attacks import ThreatModel, parse_inner
+from coldforge.compress import is_quantized
+from coldforge.data import load_data, steps_per_epoch
 from coldforge.measure import count_macs, measure_latency
-from coldforge.recipe import load_recipe, preset_names
+from coldforge.recipe import DataSpec, load_recipe, preset_names
 from coldforge.records import load_record
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the peers' own
@@ -124,6 +128,36 @@ def test_training_speed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         assert passes["art"] >= chosen.attack.steps + 1
     assert tables.training_speed(record.content).count("| cnn8 |") == 2 * (6 + 2)
     assert "adversarial training, cnn8, pgd-7" in tables.goals({"training_speed": record.content})
+
+
+def _small(training: training_cost.Training) -> training_cost.Training:
+    """The same in batches of 8, with nothing compiled."""
+    compute = training.recipe.compute.model_copy(update={"compile": "off"})
+    parts = [replace(part, spec=part.spec.model_copy(update={"batch_size": 8})) for part in training.parts]
+    return replace(training, parts=tuple(parts), recipe=training.recipe.model_copy(update={"compute": compute}))
+
+
+def test_training_cost_times_each_part_of_what_a_recipe_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    few = load_data(DataSpec(source="fashion-mnist-mini", validation=64))
+    monkeypatch.setattr(training_cost, "load_data", lambda spec: few)
+    monkeypatch.setattr(training_cost, "LEAST_STEPS", 1)
+    folders = dict(training_cost.artifacts())
+    row = "half, 2-bit weights, 4-bit activations, 5 epochs"
+    reference, other = (_small(training_cost.training_of(folders[name], name)) for name in (REFERENCE, row))
+    assert [part.name for part in reference.parts] == ["from scratch"]
+    assert [(part.name, part.spec.epochs) for part in other.parts] == [
+        ("in floating point", 1),
+        ("through the rounding", 4),
+    ]
+    assert [is_quantized(part.network) for part in other.parts] == [False, True]
+    record = turns.Record(tmp_path / "training_cost.json", "row")
+    record.keep(training_cost.race(reference, other, 1, 0.0))
+    (run,) = record.content["runs"]
+    epoch = steps_per_epoch(len(few.train), 8)
+    assert [part["steps"] for part in run["rows"]] == [epoch, 4 * epoch]
+    assert run["seconds"] == sum(part["steps"] * part["seconds_a_step"][0] for part in run["rows"])
+    assert run["share_of_seconds"] == run["seconds"] / run["reference_seconds"]
+    assert f"| {row} |" in tables.training_cost(record.content)
 
 
 def test_training_speed_says_where_cifar10_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
