@@ -23,6 +23,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -51,6 +52,7 @@ def as_data(images: Tensor, labels: Tensor) -> ImageSet:
 class Shift(Attack):
     """One step that makes every pixel brighter (or darker)."""
 
+    uses_gradients: ClassVar[bool] = False
     steps: int = 1
     random_start: bool = False
     up: bool
@@ -74,6 +76,56 @@ def test_pitfall_01_eps_is_in_pixels_whatever_the_network_normalizes(task: Task)
         assert (found.fooled != plain.fooled).sum() <= 2
     with pytest.raises(AttackError, match=r"inside \[0, 1\], found -5 .*make the normalization a layer"):
         parse_attack("pgd-6")(model, (images - 0.5) / 0.1, labels, LINF)
+
+
+class Settles(Attack):
+    """Each run stays where it starts: at a pixel value of its own."""
+
+    uses_gradients: ClassVar[bool] = False
+    steps: int = 1
+    levels: tuple[float, ...]
+
+    @property
+    def name(self) -> str:
+        return "settles"
+
+    def start(self, slots: Slots, rows: list[int], threat_model: ThreatModel) -> Tensor:
+        return torch.stack([torch.full(slots.clean.shape[1:], self.levels[int(slots.run[row])]) for row in rows])
+
+    def advance(self, slots: Slots, threat_model: ThreatModel) -> Tensor:
+        return slots.points
+
+
+@pytest.mark.parametrize("levels", [(0.4, 0.6), (0.6, 0.4), (0.6, 0.4, 0.6)], ids=["first", "last", "in the middle"])
+@pytest.mark.parametrize("keep_last", [False, True])
+def test_pitfall_03_a_success_is_not_overwritten_by_a_restart_with_a_higher_loss(
+    levels: tuple[float, ...], keep_last: bool
+) -> None:
+    """Dark: wrong, at a cross-entropy of 0.80. Bright: right, at 1.05."""
+    dark, bright = torch.tensor([0.0, 0.2, -9.0]), torch.tensor([0.07, 0.0, 0.0])
+    assert (
+        nn.functional.cross_entropy(dark, torch.tensor(0)) < 0.8 < nn.functional.cross_entropy(bright, torch.tensor(0))
+    )
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(x.flatten(1)[:, :1] < 0.5, dark, bright)
+
+    images, labels = torch.full((70, 1, 2, 2), 0.5), torch.zeros(70, dtype=torch.int64)  # some wait for others to leave
+    attack = Settles(levels=levels, restarts=len(levels))
+    found = attack(Model(), images, labels, LINF, keep_last=keep_last)
+    assert found.fooled.all()
+    assert (found.adversarial == 0.4).all()
+    assert (found.restart == levels.index(0.4)).all()
+    assert found.margin.tolist() == pytest.approx([-0.2] * 70)
+    if keep_last:
+        assert (found.last == levels[-1]).all()
+    else:
+        ledger = evaluate(Target(Model()), as_data(images, labels), [attack, Shift(up=True)], LINF)
+        assert ledger.right.all()
+        assert ledger.fooled["settles"].all()
+        assert not ledger.fooled["up"].any()
+        assert not ledger.survived("worst_case").any()
 
 
 def test_pitfall_07_every_named_attack_can_cross_the_ball() -> None:
@@ -106,6 +158,33 @@ def test_pitfall_09_labels_are_the_true_ones(task: Task) -> None:
     found = evaluate(Target(model), as_data(images, wrong), [parse_attack("fgsm")], ThreatModel("linf", 1e-4))
     assert not found.survived("fgsm")[right].any()
     assert found.survived("worst_case").sum() <= (~right).sum()
+
+
+@pytest.mark.parametrize("name", ["fgsm", "pgd-5", "apgd-ce-5", "apgd-t-5-1"])
+def test_pitfall_09_attacks_flee_from_the_true_label(name: str) -> None:
+    """Where the network is wrong already and its file is right, the way from the predicted label leads back."""
+    images, labels = torch.full((9, 1, 3, 3), 0.5), torch.zeros(9, dtype=torch.int64)
+
+    class Network(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            mean = x.flatten(1).mean(1)
+            return torch.stack([0.45 - mean, mean - 0.45], 1)
+
+    class File:
+        def logits(self, x: Tensor) -> Tensor:
+            mean = x.flatten(1).mean(1)
+            return torch.stack([0.55 - mean, mean - 0.55], 1)
+
+        def labels(self, x: Tensor) -> Tensor:
+            return self.logits(x).argmax(1)
+
+    assert (predict(Network(), images).argmax(1) != labels).all()
+    ledger = evaluate(
+        Target(Network(), File()), as_data(images, labels), [parse_attack(name)], ThreatModel("linf", 0.1)
+    )
+    assert ledger.right.all(), "the file's answers count"
+    assert ledger.fooled[name].all()
+    assert ledger.disputed[name].all(), "the search begins where the network is wrong"
 
 
 def test_pitfall_10_wrong_when_clean_stays_in_the_denominator(task: Task) -> None:
