@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -33,6 +34,7 @@ from coldforge.models import normalized
 from coldforge.progress import Progress, Step
 from coldforge.recipe import DataSpec, QuantizeSpec, Recipe, ThreatModelSpec, to_toml
 from coldforge.records import EvaluationRecord, MaskingCheckRecord, MaskingRecord, Record, load_evaluation
+from traces import draw_a_little, traces
 
 DATA = DataSpec(train_n=600, test_n=60)
 SETTINGS: dict[str, Any] = {"name": "tiny", "data": DATA, "threat_model": ThreatModelSpec(eps=0.05)}
@@ -348,16 +350,54 @@ def test_an_unknown_attack_names_the_nearest(files: Files) -> None:
         load_subject(files.folder, Request(attack=("autoatack",)), threads=1)
 
 
-def test_a_file_that_returns_probabilities_is_refused(files: Files, tmp_path: Path) -> None:
+def with_softmax(source: Path, target: Path, *, in_8_bits: bool = False) -> None:
+    """The same file, but it returns probabilities; ``in_8_bits``: rounded, as tools write them that quantize it all."""
     import onnx
-    from onnx import helper
+    from onnx import helper, numpy_helper
 
-    model = onnx.load(str(files.onnx))
-    model.graph.node.append(helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1))
-    model.graph.output[0].name = "probabilities"
-    onnx.save(model, str(tmp_path / "softmax.onnx"))
-    with pytest.raises(ModelError, match=r"softmax.onnx .*returns probabilities; expected logits"):
-        load_subject(tmp_path / "softmax.onnx", Request(data="fashion-mnist-mini", eps="0.1"), threads=1)
+    model = onnx.load(str(source))
+    nodes = [helper.make_node("Softmax", [model.graph.output[0].name], ["probabilities"], axis=1)]
+    if in_8_bits:
+        grid = [("step", np.float32(1 / 256)), ("zero", np.uint8(0))]
+        model.graph.initializer.extend(numpy_helper.from_array(np.asarray(value), name) for name, value in grid)
+        nodes.append(helper.make_node("QuantizeLinear", ["probabilities", "step", "zero"], ["codes"]))
+        nodes.append(helper.make_node("DequantizeLinear", ["codes", "step", "zero"], ["rounded"]))
+    model.graph.node.extend(nodes)
+    model.graph.output[0].name = nodes[-1].output[0]
+    onnx.save(model, str(target))
+
+
+@pytest.mark.parametrize("in_8_bits", [False, True])
+@pytest.mark.parametrize("beside", ["alone", "a surrogate", "its twin"])
+def test_pitfall_14_a_file_that_returns_probabilities_is_refused(
+    files: Files, tmp_path: Path, beside: str, in_8_bits: bool
+) -> None:
+    options: dict[str, Any] = {"data": "fashion-mnist-mini", "eps": "0.1", "n": 12, "threads": 1}
+    if beside == "its twin":
+        path = shutil.copytree(files.folder, tmp_path / "run")
+        with_softmax(files.folder / "model.onnx", path / "model.onnx", in_8_bits=in_8_bits)
+        options = QUICK
+    else:
+        path = tmp_path / "softmax.onnx"
+        with_softmax(files.onnx, path, in_8_bits=in_8_bits)
+        options |= {"surrogate": files.folder, "attack": ("fgsm",)} if beside == "a surrogate" else {}
+    with pytest.raises(ModelError, match=f"{path.name} on the images of .*returns probabilities; expected logits"):
+        load_subject(path, Request(**options), threads=1)
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "twin of a file", "surrogate of a file"])
+def test_pitfall_14_a_network_that_returns_probabilities_is_refused(
+    files: Files, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setattr(sys.modules["a_users_networks"], "soft", lambda: small().append(nn.Softmax(1)), raising=False)
+    path, options = {
+        "checkpoint": (files.checkpoint, CHECKPOINT),
+        "twin of a file": (files.folder, QUICK),
+        "surrogate of a file": (files.onnx, CHECKPOINT | {"surrogate": files.checkpoint}),
+    }[what]
+    with pytest.raises(ModelError, match=r"on the images of .*returns probabilities; expected logits"):
+        load_subject(path, Request(**options | {"model": "a_users_networks:soft"}), threads=1)
+    load_subject(path, Request(**options | {"model": FACTORY}), threads=1)
 
 
 def test_images_of_another_size_are_refused(files: Files, tmp_path: Path) -> None:
@@ -477,10 +517,11 @@ def test_masking_checks_can_be_skipped_and_the_record_says_so(
     assert panel == []
 
 
+@pytest.mark.parametrize("precision", ["exact", "bf16"])
 def test_the_same_call_after_a_kill_continues_and_gives_the_same(
-    files: Files, tmp_path: Path, panel: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    files: Files, tmp_path: Path, panel: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    request = Request(**QUICK)
+    request = Request(**QUICK | {"precision": precision})
     whole = evaluate_path(files.folder, request, out=tmp_path / "whole")
     spy = Spy(interrupt_at="square-20")
     with pytest.raises(KeyboardInterrupt):
@@ -566,10 +607,14 @@ def test_images_that_fooled_only_the_twin_are_counted() -> None:
     assert job._disputed(ledger) == {"pgd-3": 1}
 
 
-def test_the_random_state_is_left_alone(files: Files, tmp_path: Path, panel: list[dict[str, Any]]) -> None:
-    before = torch.random.get_rng_state()
-    evaluate_path(files.folder, Request(**QUICK | {"n": 2}), out=tmp_path)
-    assert torch.equal(torch.random.get_rng_state(), before)
+@pytest.mark.parametrize("precision", ["exact", "bf16"])
+def test_pitfall_19_what_a_process_shares_is_left_alone(
+    files: Files, tmp_path: Path, panel: list[dict[str, Any]], precision: str
+) -> None:
+    draw_a_little()
+    before = traces()
+    evaluate_path(files.folder, Request(**QUICK | {"n": 2, "precision": precision}), out=tmp_path)
+    assert traces() == before
 
 
 def test_threads_are_set_for_the_evaluation_only(

@@ -10,14 +10,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from coldforge.attacks import ThreatModel, predict
-from coldforge.compress import ActivationQuantizer, QuantizedLayer, quantize
+from coldforge.compress import quantize
 from coldforge.errors import AttackError, ModelError
 from coldforge.evaluate import Target, masking_panel
+from coldforge.evaluate.masking import _refuse_what_is_no_logits
 from coldforge.evaluate.masking_attacks import NOISE_POINTS, Task, fooled_by_noise, named
 from coldforge.evaluate.masking_checks import allowed, check
 from coldforge.evaluate.masking_gradients import gradient_of
+from coldforge.models.checks import sum_tolerance
 from coldforge.recipe import QuantizeSpec
 from coldforge.records import MaskingRecord
+from traces import draw_a_little, traces
 
 ANSWERS = ("repeatable", "independent_of_neighbours")
 GRADIENTS = (
@@ -128,21 +131,22 @@ def test_a_quantized_network_is_also_attacked_from_its_float_twin(task):
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-def test_the_network_stays_as_it_was(quantized, task):
-    network, images, labels = task
-    network = quantize(network, QuantizeSpec(), images) if quantized else copy.deepcopy(network)
-    network.train()
-    before = copy.deepcopy(network.state_dict())
-    flags = [parameter.requires_grad for parameter in network.parameters()]
-    masking_panel(Target(network), images[:20], labels[:20], BALL)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
-    assert all(module.training for module in network.modules())
-    assert [parameter.requires_grad for parameter in network.parameters()] == flags
-    assert all(parameter.grad is None for parameter in network.parameters())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
-    for module in network.modules():
-        assert not isinstance(module, QuantizedLayer) or module._cached is None
-        assert not isinstance(module, ActivationQuantizer) or module.backward_mode == "clipped"
+def test_pitfalls_15_16_19_the_panel_leaves_nothing_behind(quantized, task):
+    parent, images, labels = task
+    parent = copy.deepcopy(parent)
+    network = quantize(parent, QuantizeSpec(), images) if quantized else copy.deepcopy(parent)
+    predict(network, images)  # quantizers read their zero points once
+    file = File(copy.deepcopy(network)) if quantized else None
+    for each in (network, parent):
+        first, *_, last = each.parameters()
+        each.train()
+        next(each.children()).eval()
+        first.requires_grad_(False)
+        last.grad = torch.ones_like(last)
+    draw_a_little()
+    before = traces(network, parent, images, labels)
+    masking_panel(Target(network, file, {"its parent": parent}), images[:20], labels[:20], BALL)
+    assert traces(network, parent, images, labels) == before
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -175,10 +179,16 @@ def test_nan_never_passes():
 # --- refusals, and too few images
 
 
+@pytest.mark.parametrize("in_8_bits", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 7.0])
-def test_probabilities_are_refused_whoever_answers(scale, task):
+def test_pitfall_14_probabilities_are_refused_whoever_answers(scale, in_8_bits, task):
     network, images, labels = task
-    soft = Changed(network, after=lambda z: scale * z.softmax(1))
+
+    def after(z):
+        soft = (0.2 * z).softmax(1)
+        return scale * ((soft * 256).round() / 256 if in_8_bits else soft)
+
+    soft = Changed(network, after=after)
     for target in (Target(soft), Target(None, File(soft)), Target(network, File(soft))):
         with pytest.raises(ModelError, match="returns probabilities; expected logits; remove the softmax"):
             masking_panel(target, images, labels, BALL)
@@ -188,6 +198,14 @@ def test_log_probabilities_and_positive_logits_are_logits(task):
     network, images, labels = task
     for after in (lambda z: z.log_softmax(1), lambda z: z - z.amin(1, keepdim=True) + 1):
         assert masking_panel(Target(Changed(network, after=after)), images, labels, BALL).verdict == "ok"
+
+
+def test_logits_with_nearly_the_same_sum_are_no_probabilities_of_8_bits(task):
+    network, images, _ = task
+    logits = predict(network, images) + 20
+    sums = logits.sum(1)
+    assert 1e-3 < (sums / sums.mean() - 1).abs().max() < sum_tolerance(4)
+    _refuse_what_is_no_logits(logits)
 
 
 def test_nan_logits_are_refused(task):

@@ -47,8 +47,15 @@ def check_classifier(model: nn.Module, image_shape: tuple[int, int, int], num_cl
         raise ModelError(f"expected {num_classes} classes, as the data have, got logits for {logits.shape[1]}")
     if not bool(logits.isfinite().all()):
         raise ModelError("expected finite logits, got NaN or infinity for random images in [0, 1]")
-    if bool((logits >= 0).all()) and torch.allclose(logits.sum(1), torch.ones(4), atol=1e-3):
+    if bool((logits >= 0).all()) and torch.allclose(logits.sum(1), torch.ones(4), atol=sum_tolerance(num_classes)):
         raise ModelError("the network returns probabilities; expected logits; remove the softmax")
+
+
+def sum_tolerance(num_classes: int) -> float:
+    """By how much the sum of an image's probabilities may miss 1 when each is rounded to 8 bits, as files are written
+    by tools that quantize the softmax too; at most 5 %.
+    """
+    return min(num_classes, 25) / 510
 
 
 def _answer(model: nn.Module, image_shape: tuple[int, int, int]) -> object:
