@@ -11,6 +11,7 @@ from coldforge.attacks import ThreatModel, parse_pgd, predict
 from coldforge.compress import attacking
 from coldforge.data import ImageSet
 from coldforge.deploy import agreement
+from coldforge.evaluate.robustness import names_of
 from coldforge.evaluate.target import Deployed
 from coldforge.records import AgreementRecord
 
@@ -61,6 +62,7 @@ def ask_both(
             labels[:n],
             threat_model,
             seed=seed,
+            indices=names_of(images[:n]),
             keep_last=True,
             on_progress=None if on_progress is None else lambda fraction: on_progress(fraction, _ATTACK.name),
         ).last

@@ -184,7 +184,7 @@ def agree(shop: Shop, network: Stage, file: Stage) -> Stage:
         write_json(folder / "result.json", result)
 
     images = recipe.evaluate.n or len(shop.evaluated)
-    spec = [recipe.threat_model, recipe.evaluate.n, recipe.seed, versions().get("onnxruntime", "")]
+    spec = [recipe.threat_model, recipe.evaluate.n, recipe.seed, _SEARCH, versions().get("onnxruntime", "")]
     return shop.declare(
         "agree",
         "agreement of file and twin",
