@@ -163,8 +163,9 @@ def _key(target: Target, some: Tensor, rest: list[object]) -> str:
 
 def _some(images: Tensor) -> Tensor:
     """Some of the images, the same ones in whatever order they come."""
-    brightness = images.double().sum((1, 2, 3))
-    return images[(255 * brightness % 97).argsort()[:_ALIKE_IMAGES]]
+    key = 255 * images.double().sum((1, 2, 3)) % 97
+    chosen = images[key <= key.sort().values[:_ALIKE_IMAGES][-1:]]  # more, where several are as bright as the last
+    return chosen[names_of(chosen).argsort()[:_ALIKE_IMAGES]]
 
 
 def _plan(ways: Ways, attacks: Sequence[Attack | Ensemble], threat_model: ThreatModel, transfer: bool) -> list[Try]:
