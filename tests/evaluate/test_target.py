@@ -8,20 +8,34 @@ import math
 import onnxruntime
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from coldforge.attacks import ThreatModel, parse_attack, predict
+from coldforge.attacks import TILE, Ensemble, ThreatModel, base, parse_attack, predict
 from coldforge.compress import attacking, quantize
 from coldforge.data import ImageSet
 from coldforge.deploy import OnnxSession, export_onnx
 from coldforge.errors import AttackError
-from coldforge.evaluate import TRANSFER, Target, evaluate, fast_copy, find_adversarial, mcnemar, paired_interval
+from coldforge.evaluate import (
+    TRANSFER,
+    Target,
+    evaluate,
+    fast_copy,
+    find_adversarial,
+    mcnemar,
+    paired_interval,
+    robustness,
+)
+from coldforge.evaluate.robustness import names_of
 from coldforge.evaluate.target import Ways
 from coldforge.recipe import QuantizeSpec
+from traces import draw_a_little, traces
 
 ATTACKS = [parse_attack("pgd-5"), parse_attack("autoattack-lite")]
+PARTS = tuple(parse_attack(name) for name in ("apgd-ce-6", "apgd-t-4-2", "fab-t-4-2", "square-30"))
+SHORT = [ATTACKS[0], Ensemble(label="short", parts=PARTS)]
+"""Every kind of attack, in little time."""
 COLUMNS = ("fooled", "step", "restart", "queries", "norm", "margin", "by", "finished", "disputed", "fooled_8bit")
 
 
@@ -39,16 +53,30 @@ class File:
         return self.logits(images).argmax(1)
 
 
+class Uneven(nn.Module):
+    """Rounds as kernels may: not alike for every number of images."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network(images) + 1e-4 * (len(images) != TILE) * torch.arange(4)
+
+
+def rows(ledger, images):
+    """All that a ledger says of some images, to be compared."""
+    said = {}
+    for what in COLUMNS:
+        for attack, column in getattr(ledger, what).items():
+            values = column if isinstance(column, list) else column.double().nan_to_num(-7, posinf=-8).tolist()
+            said[what, attack] = [values[image] for image in images]
+    return said
+
+
 def same(first, second) -> bool:
     """Every column of two ledgers."""
-    for what in COLUMNS:
-        for attack, column in getattr(first, what).items():
-            other = getattr(second, what)[attack]
-            if isinstance(column, torch.Tensor):
-                column, other = (t.double().nan_to_num(-7, posinf=-8).tolist() for t in (column, other))
-            if column != other:
-                return False
-    return first.fooled.keys() == second.fooled.keys()
+    return rows(first, range(len(first.labels))) == rows(second, range(len(second.labels)))
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +86,47 @@ def rounded(task):
 
 
 @pytest.fixture(scope="module")
+def exported(task, tmp_path_factory):
+    """(int8 network, its ONNX file)"""
+    model, data = task
+    twin = quantize(model, QuantizeSpec(), data.pixels())
+    path = tmp_path_factory.mktemp("int8") / "model.onnx"
+    export_onnx(twin, path, image_shape=(1, 8, 8), classes=data.classes)
+    return twin, path
+
+
+PIPELINES = [
+    ("float network", "exact"),
+    ("float network", "fp32"),
+    ("float network", "bf16"),
+    ("network that rounds by the batch", "bf16"),
+    ("network of 3 bits", "exact"),
+    ("network of 3 bits", "bf16"),
+    ("int8 file with twin and parent", "exact"),
+    ("int8 file with twin and parent", "fp32"),
+    ("int8 file with twin and parent", "bf16"),
+]
+each_pipeline = pytest.mark.parametrize(("what", "precision"), PIPELINES)
+
+
+@pytest.fixture(scope="module")
+def targets(task, rounded, exported):
+    """What is attacked, by the names in :data:`PIPELINES`."""
+    model, _ = task
+    twin, path = exported
+    made = (
+        Target(model),
+        Target(Uneven(model)),
+        Target(rounded, File(rounded)),
+        Target(twin, OnnxSession(path, threads=1), {"its parent": copy.deepcopy(model)}),
+    )
+    return dict(zip(dict(PIPELINES), made, strict=True))
+
+
+@pytest.fixture(scope="module")
 def whole(task, threat):
     model, data = task
-    return evaluate(Target(model), data, ATTACKS, threat, seed=2)
+    return evaluate(Target(model), data, SHORT, threat, seed=2)
 
 
 # --- kill and resume
@@ -70,36 +136,40 @@ class Killed(Exception):
     """The machine went away."""
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(1, 25), st.integers(0, 60))
+@each_pipeline
 def test_pitfall_resume_a_killed_evaluation_ends_like_an_undisturbed_one(
-    task, threat, whole, tmp_path_factory, after, torn
+    task, threat, targets, monkeypatch, tmp_path, what, precision
 ):
-    model, data = task
-    journal = tmp_path_factory.mktemp("journal") / "journal"
-    left = after
+    """After any pass; what stood until then is in the journal, also of the try that was under way."""
+    _, data = task
 
-    def kill(fraction, name):
-        nonlocal left
-        left -= 1
-        if left == 0:
-            raise Killed
+    def evaluated(**options):
+        return evaluate(targets[what], data, SHORT, threat, seed=2, precision=precision, **options)
 
-    try:
-        evaluate(Target(model), data, ATTACKS, threat, seed=2, checkpoint=journal, on_progress=kill)
-    except Killed:
+    undisturbed = evaluated()
+    monkeypatch.setattr(base, "_PROGRESS_PASSES", 1)
+    monkeypatch.setattr(robustness, "_FLUSH_SECONDS", -1.0)
+    for percent, torn in ((7, 0), (34, 290), (61, 5), (88, 120)):
+
+        def kill(fraction, name, percent=percent):
+            if fraction >= percent / 100:
+                raise Killed
+
+        journal = tmp_path / str(percent)
+        with pytest.raises(Killed):
+            evaluated(checkpoint=journal, on_progress=kill)
         text = journal.read_bytes()
-        journal.write_bytes(text[: max(len(text) - torn, 1)])  # a torn last line
-    assert same(evaluate(Target(model), data, ATTACKS, threat, seed=2, checkpoint=journal), whole)
+        journal.write_bytes(text[: max(len(text) - torn, 1)])  # whole lines may be lost, and the last one is torn
+        assert same(evaluated(checkpoint=journal), undisturbed), percent
 
 
 def test_nothing_is_computed_twice(task, threat, whole, tmp_path):
     model, data = task
-    evaluate(Target(model), data, ATTACKS, threat, seed=2, checkpoint=tmp_path / "journal")
+    evaluate(Target(model), data, SHORT, threat, seed=2, checkpoint=tmp_path / "journal")
     queries = []
     handle = model.register_forward_hook(lambda *_: queries.append(1))
     try:
-        again = evaluate(Target(model), data, ATTACKS, threat, seed=2, checkpoint=tmp_path / "journal")
+        again = evaluate(Target(model), data, SHORT, threat, seed=2, checkpoint=tmp_path / "journal")
     finally:
         handle.remove()
     assert same(again, whole)
@@ -108,12 +178,12 @@ def test_nothing_is_computed_twice(task, threat, whole, tmp_path):
 
 def test_a_journal_of_another_evaluation_is_not_used(task, threat, tmp_path):
     model, data = task
-    for seed, attacks, tm in ((2, ATTACKS, threat), (3, ATTACKS, threat), (3, ATTACKS[:1], threat)):
+    for seed, attacks, tm in ((2, SHORT, threat), (3, SHORT, threat), (3, SHORT[:1], threat)):
         found = evaluate(Target(model), data, attacks, tm, seed=seed, checkpoint=tmp_path / "journal")
         assert same(found, evaluate(Target(model), data, attacks, tm, seed=seed))
     stronger = ThreatModel("linf", 0.2)
-    found = evaluate(Target(model), data, ATTACKS[:1], stronger, seed=3, checkpoint=tmp_path / "journal")
-    assert same(found, evaluate(Target(model), data, ATTACKS[:1], stronger, seed=3))
+    found = evaluate(Target(model), data, SHORT[:1], stronger, seed=3, checkpoint=tmp_path / "journal")
+    assert same(found, evaluate(Target(model), data, SHORT[:1], stronger, seed=3))
 
 
 def test_a_journal_of_another_network_file_or_images_is_not_used(task, threat, tmp_path):
@@ -125,9 +195,9 @@ def test_a_journal_of_another_network_file_or_images_is_not_used(task, threat, t
     brighter = ImageSet((data.images.int() + 1).clamp(0, 255).to(torch.uint8), data.labels, data.classes)
     square = [parse_attack("square-20")]
     for target, images, attacks in (
-        (Target(model), data, ATTACKS),
-        (Target(other), data, ATTACKS),
-        (Target(other), brighter, ATTACKS),
+        (Target(model), data, SHORT),
+        (Target(other), data, SHORT),
+        (Target(other), brighter, SHORT),
         (Target(None, File(model)), data, square),
         (Target(None, File(other)), data, square),
     ):
@@ -136,20 +206,66 @@ def test_a_journal_of_another_network_file_or_images_is_not_used(task, threat, t
         assert same(found, evaluate(target, images, attacks, threat))
 
 
-@pytest.mark.parametrize("precision", ["exact", "fp32", "bf16"])
-def test_pitfall_18_results_do_not_move_with_the_order_of_the_data(task, threat, rounded, precision):
-    model, data = task
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))
-    turned = ImageSet(data.images[order], data.labels[order], data.classes)
-    for target in (Target(model), Target(rounded, File(rounded))):
-        found, other = (evaluate(target, each, ATTACKS, threat, precision=precision) for each in (data, turned))
-        for what in COLUMNS:
-            for attack, column in getattr(found, what).items():
-                expected = column[order] if isinstance(column, torch.Tensor) else [column[i] for i in order.tolist()]
-                got = getattr(other, what)[attack]
-                if isinstance(got, torch.Tensor):
-                    expected, got = (t.double().nan_to_num(-7, posinf=-8).tolist() for t in (expected, got))
-                assert got == expected, (what, attack)
+# --- nothing but the image decides, and nothing is left behind
+
+
+@each_pipeline
+def test_pitfall_18_results_do_not_move_with_batch_or_order(task, threat, targets, what, precision, monkeypatch):
+    """1, 7 and 256 images at the front of the test set, which are others each time."""
+    _, data = task
+    monkeypatch.setattr("coldforge.evaluate.target._NOISE", 100.0)  # many are tried once more in float32, not few
+    copies = [data.images.roll(shift, 3) for shift in range(7)]  # more than 256, many of the same brightness
+    many = ImageSet(torch.cat(copies), data.labels.repeat(7), data.classes)
+
+    def evaluated(order, n):
+        part = ImageSet(many.images[order], many.labels[order], many.classes)
+        return evaluate(targets[what], part, SHORT, threat, n=n, seed=2, precision=precision)
+
+    whole = evaluated(torch.arange(len(many)), 0)
+    hardest = whole.queries["short"].argsort(descending=True, stable=True)
+    shuffled = torch.randperm(len(many), generator=torch.Generator().manual_seed(1))
+    if precision == "bf16":
+        near = Ways(targets[what], many.pixels(), "bf16").of(SHORT[0])[1].near
+        stands, margin = whole.survived("pgd-5"), whole.margin["pgd-5"]
+        assert 0 < (stands & (margin < near)).sum() < stands.sum()
+    for n, order in ((1, hardest), (1, hardest.roll(-1)), (7, hardest.roll(-2)), (256, shuffled)):
+        found = evaluated(order, n)
+        assert rows(found, range(n)) == rows(whole, order[:n].tolist()), n
+
+
+@each_pipeline
+def test_pitfalls_15_16_19_an_evaluation_leaves_nothing_behind(task, threat, targets, what, precision):
+    """Networks in a state that no evaluation would choose come back in it, also after a kill, and are judged alike."""
+    _, data = task
+    given = targets[what]
+    surrogates = {name: copy.deepcopy(network) for name, network in given.surrogates.items()}
+    target = Target(copy.deepcopy(given.network), given.file, surrogates)
+    networks = [target.network, *surrogates.values()]
+
+    def evaluated(target, **options):
+        return evaluate(target, data, SHORT, threat, n=9, seed=2, precision=precision, **options)
+
+    for network in networks:
+        predict(network, data.pixels())  # quantizers read their zero points once
+        first, *_, last = network.parameters()
+        network.train()
+        next(network.children()).eval()
+        first.requires_grad_(False)
+        last.grad = torch.ones_like(last)
+    draw_a_little()
+    before = traces(*networks, data.images, data.labels)
+    found = evaluated(target)
+    assert traces(*networks, data.images, data.labels) == before
+    assert rows(found, range(9)) == rows(evaluated(given), range(9))
+    for tried in found.fooled:
+
+        def kill(fraction, name, tried=tried):
+            if name == tried:
+                raise Killed
+
+        with pytest.raises(Killed):
+            evaluated(target, on_progress=kill)
+        assert traces(*networks, data.images, data.labels) == before, tried
 
 
 # --- budget
@@ -157,11 +273,11 @@ def test_pitfall_18_results_do_not_move_with_the_order_of_the_data(task, threat,
 
 def test_a_budget_is_said_and_what_is_left_counts_as_standing(task, threat, whole):
     model, data = task
-    short = evaluate(Target(model), data, ATTACKS, threat, seed=2, budget_s=1e-9)
+    short = evaluate(Target(model), data, SHORT, threat, seed=2, budget_s=1e-9)
     right = int(whole.right.sum())
-    assert short.unfinished == {"pgd-5": right, "autoattack-lite": right}
+    assert short.unfinished == {"pgd-5": right, "short": right}
     assert torch.equal(short.survived("worst_case"), whole.right)
-    long = evaluate(Target(model), data, ATTACKS, threat, seed=2, budget_s=1e6)
+    long = evaluate(Target(model), data, SHORT, threat, seed=2, budget_s=1e6)
     assert long.unfinished == {}
     assert same(long, whole)
 
@@ -244,15 +360,71 @@ def test_the_fast_copy_is_apart(task):
 # --- quantized networks and files
 
 
-def test_pitfall_32_transfer_from_float_twin_and_surrogate(task, threat, rounded):
+@pytest.mark.parametrize("direction", ["to the file", "to the quantized network", "back to the parent"])
+def test_pitfall_32_transfer_is_searched_elsewhere_and_judged_here(task, threat, rounded, exported, direction):
+    """Each source as it would be attacked by hand, one after the other, on what stands."""
     model, data = task
-    found = evaluate(Target(rounded, surrogates={"its parent": model}), data, ATTACKS[:1], threat)
-    assert list(found.fooled) == ["pgd-5", TRANSFER]
-    sources = {by for by in found.by[TRANSFER] if by}
-    assert sources <= {"pgd-20 from its float twin", "pgd-20 from its parent"}
-    assert sources
-    assert TRANSFER not in evaluate(Target(model), data, ATTACKS[:1], threat).fooled
-    assert TRANSFER not in evaluate(Target(rounded), data, ATTACKS[:1], threat, transfer=False).fooled
+    twin, path = exported
+    before = copy.deepcopy(model)  # it was trained further
+    before[4].weight.data += 0.05 * torch.randn(before[4].weight.shape, generator=torch.Generator().manual_seed(5))
+    parent = ("its parent", "pass_through", before)
+    target, sources = {
+        "to the file": (
+            Target(twin, OnnxSession(path, threads=1), {"its parent": before}),
+            [("its float twin", "unrounded", twin), parent],
+        ),
+        "to the quantized network": (
+            Target(rounded, surrogates={"its parent": before}),
+            [("its float twin", "unrounded", rounded), parent],
+        ),
+        "back to the parent": (
+            Target(model, surrogates={"what it became": rounded}),
+            [("what it became", "pass_through", rounded)],
+        ),
+    }[direction]
+    found = evaluate(target, data, [parse_attack("fgsm")], threat, seed=3)
+    assert list(found.fooled) == ["fgsm", TRANSFER]
+    images, labels, names = data.pixels(), data.labels, names_of(data.pixels())
+    assert [way.label for way in Ways(target, images, "exact").transfer()[1]] == [
+        f"from {name}" for name, *_ in sources
+    ]
+    stands, disputed = found.right.clone(), torch.zeros(len(data), dtype=torch.bool)
+    for name, mode, source in sources:
+        left, search = stands.nonzero()[:, 0], copy.deepcopy(source)
+        with attacking(search, mode):
+            result = parse_attack("pgd-20")(
+                search, images[left], labels[left], threat, seed=3, indices=names[left], judge=target.answers
+            )
+        fell = left[result.fooled]
+        assert torch.equal(target.answers(result.adversarial) != labels[left], result.fooled)
+        assert {found.by[TRANSFER][image] for image in fell.tolist()} <= {f"pgd-20 from {name}"}
+        stands[fell] = False
+        disputed[left] |= result.disputed
+    assert torch.equal(found.survived(TRANSFER), stands)
+    assert torch.equal(found.disputed[TRANSFER], disputed)
+    assert (found.right & ~stands).any()
+    assert (disputed & stands).any(), "what fools only the source breaks nothing"
+    assert not (found.survived("worst_case") & ~stands).any()
+    assert TRANSFER not in evaluate(target, data, ATTACKS[:1], threat, transfer=False).fooled
+
+
+def test_pitfall_32_transfer_breaks_what_masked_gradients_hide(task, threat):
+    model, data = task
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = model
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.network(images.detach() + 0 * images)
+
+    alone = evaluate(Target(Masked()), data, ATTACKS[:1], threat)
+    assert list(alone.fooled) == ["pgd-5"], "there is nothing to transfer from"
+    found = evaluate(Target(Masked(), surrogates={"an open copy": model}), data, ATTACKS[:1], threat)
+    hidden = found.survived("pgd-5") & found.fooled[TRANSFER]
+    assert hidden.sum() > 5
+    assert torch.equal(found.survived("worst_case"), alone.survived("worst_case") & ~hidden)
 
 
 def test_unrounded_is_the_float_parent(task, rounded):
@@ -280,16 +452,6 @@ def test_pitfall_31_every_verdict_is_the_files(task, threat):
         wrong = predict(coarse, images_of.adversarial).argmax(1) != labels[right]
         assert images_of.fooled.any()
         assert torch.equal(wrong, images_of.fooled)
-
-
-@pytest.fixture(scope="module")
-def exported(task, tmp_path_factory):
-    """(int8 network, its ONNX file)"""
-    model, data = task
-    twin = quantize(model, QuantizeSpec(), data.pixels())
-    path = tmp_path_factory.mktemp("int8") / "model.onnx"
-    export_onnx(twin, path, image_shape=(1, 8, 8), classes=data.classes)
-    return twin, path
 
 
 @pytest.mark.parametrize("searched", ["its twin", "its float parent"])
