@@ -208,6 +208,14 @@ def test_logits_with_nearly_the_same_sum_are_no_probabilities_of_8_bits(task):
     _refuse_what_is_no_logits(logits)
 
 
+def test_logits_far_above_zero_are_no_probabilities(task):
+    network, images, _ = task
+    logits = predict(network, images) + 3000
+    sums = logits.sum(1)
+    assert (sums / sums.mean() - 1).abs().max() < 1e-3
+    _refuse_what_is_no_logits(logits)
+
+
 def test_nan_logits_are_refused(task):
     network, images, labels = task
     holed = Changed(network, after=lambda z: torch.where(z.amax(1, keepdim=True) > 1e-3, z / z.relu().sign(), z))
