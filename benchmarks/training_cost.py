@@ -93,7 +93,8 @@ def training_of(folder: Path, row: str) -> Training:
     Raises:
         SystemExit: by a teacher, whose passes are not timed here.
     """
-    recipe = resolve(load_recipe(folder / "recipe.toml"))
+    here = {"compute.precision": "auto", "compute.compile": "auto"}  # the recipe names those of where it was trained
+    recipe = resolve(load_recipe(folder / "recipe.toml", overrides=here))
     structure = read_structure(folder / "model")
     in_float = structure.model_copy(update={"quantization": None})
     dense = build(in_float.model_copy(update={"pruning": None}))

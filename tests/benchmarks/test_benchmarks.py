@@ -30,6 +30,7 @@ from coldforge.attacks import ThreatModel, parse_inner
 from coldforge.compress import is_quantized
 from coldforge.data import load_data, steps_per_epoch
 from coldforge.measure import count_macs, measure_latency
+from coldforge.provenance import has_bf16
 from coldforge.recipe import DataSpec, load_recipe, preset_names
 from coldforge.records import load_record
 
@@ -145,6 +146,7 @@ def test_training_cost_times_each_part_of_what_a_recipe_trains(monkeypatch: pyte
     row = "half, 2-bit weights, 4-bit activations, 5 epochs"
     reference, other = (_small(training_cost.training_of(folders[name], name)) for name in (REFERENCE, row))
     assert [part.name for part in reference.parts] == ["from scratch"]
+    assert reference.recipe.compute.precision == other.recipe.compute.precision == ("bf16" if has_bf16() else "fp32")
     assert [(part.name, part.spec.epochs) for part in other.parts] == [
         ("in floating point", 1),
         ("through the rounding", 4),
