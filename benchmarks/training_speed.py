@@ -137,6 +137,24 @@ class Stopwatch:
         return network
 
 
+def few_steps(
+    network: nn.Module, data: DataSplits, spec: TrainSpec, recipe: Recipe, watch: Stopwatch, seed: int = 0
+) -> nn.Module:
+    """A training too short to be judged, with the threat model and the compute settings of a resolved recipe."""
+    compute = recipe.compute
+    with mock.patch.object(loop, "refuse_collapse"):  # so few steps may look like one
+        return train(
+            network,
+            data,
+            spec,
+            ThreatModel.of(recipe.threat_model),
+            seed=seed,
+            precision=compute.precision,
+            compiled=compute.compile,
+            on_progress=watch.stamp,
+        ).model
+
+
 @dataclass(frozen=True)
 class Timing:
     """One turn of a contender, from the end of the first step to that of the last."""
@@ -164,18 +182,7 @@ def _ours(network: nn.Module, job: Job, watch: Stopwatch, turn: int) -> nn.Modul
         eps_ramp=0.0,
         retries=0,
     )
-    compute = job.recipe.compute
-    with mock.patch.object(loop, "refuse_collapse"):  # so few steps may look like one
-        return train(
-            network,
-            job.data,
-            spec,
-            job.threat_model,
-            seed=turn,
-            precision=compute.precision,
-            compiled=compute.compile,
-            on_progress=watch.stamp,
-        ).model
+    return few_steps(network, job.data, spec, job.recipe, watch, turn)
 
 
 def _sgd(network: nn.Module, job: Job, watch: Stopwatch) -> torch.optim.SGD:

@@ -17,6 +17,15 @@ def draw_a_little() -> None:
     torch.rand(3), np.random.rand(3), random.random()  # noqa: NPY002
 
 
+def unsettle(network: nn.Module) -> None:
+    """Bring a network into a state that no evaluation chooses: mixed modes, a frozen parameter, a kept gradient."""
+    first, *_, last = network.parameters()
+    network.train()
+    next(network.children()).eval()
+    first.requires_grad_(False)
+    last.grad = torch.ones_like(last)
+
+
 def traces(*parts: nn.Module | Tensor) -> str:
     """A digest of networks and tensors, and of the state that all of a process shares.
 

@@ -30,7 +30,7 @@ from coldforge.evaluate import (
 from coldforge.evaluate.robustness import names_of
 from coldforge.evaluate.target import Ways
 from coldforge.recipe import QuantizeSpec
-from traces import draw_a_little, traces
+from traces import draw_a_little, traces, unsettle
 
 ATTACKS = [parse_attack("pgd-5"), parse_attack("autoattack-lite")]
 PARTS = tuple(parse_attack(name) for name in ("apgd-ce-6", "apgd-t-4-2", "fab-t-4-2", "square-30"))
@@ -247,11 +247,7 @@ def test_pitfalls_15_16_19_an_evaluation_leaves_nothing_behind(task, threat, tar
 
     for network in networks:
         predict(network, data.pixels())  # quantizers read their zero points once
-        first, *_, last = network.parameters()
-        network.train()
-        next(network.children()).eval()
-        first.requires_grad_(False)
-        last.grad = torch.ones_like(last)
+        unsettle(network)
     draw_a_little()
     before = traces(*networks, data.images, data.labels)
     found = evaluated(target)

@@ -20,7 +20,7 @@ from coldforge.evaluate.masking_gradients import gradient_of
 from coldforge.models.checks import sum_tolerance
 from coldforge.recipe import QuantizeSpec
 from coldforge.records import MaskingRecord
-from traces import draw_a_little, traces
+from traces import draw_a_little, traces, unsettle
 
 ANSWERS = ("repeatable", "independent_of_neighbours")
 GRADIENTS = (
@@ -138,11 +138,7 @@ def test_pitfalls_15_16_19_the_panel_leaves_nothing_behind(quantized, task):
     predict(network, images)  # quantizers read their zero points once
     file = File(copy.deepcopy(network)) if quantized else None
     for each in (network, parent):
-        first, *_, last = each.parameters()
-        each.train()
-        next(each.children()).eval()
-        first.requires_grad_(False)
-        last.grad = torch.ones_like(last)
+        unsettle(each)
     draw_a_little()
     before = traces(network, parent, images, labels)
     masking_panel(Target(network, file, {"its parent": parent}), images[:20], labels[:20], BALL)
