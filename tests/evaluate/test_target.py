@@ -173,7 +173,7 @@ def test_nothing_is_computed_twice(task, threat, whole, tmp_path):
     finally:
         handle.remove()
     assert same(again, whole)
-    assert len(queries) == 1, "only the clean images are asked about"
+    assert len(queries) == 2, "only the clean images are asked about, and whether the answers are logits"
 
 
 def test_a_journal_of_another_evaluation_is_not_used(task, threat, tmp_path):

@@ -11,13 +11,13 @@ from torch.nn import functional as F
 
 from coldforge.attacks import ThreatModel, predict
 from coldforge.compress import quantize
+from coldforge.data import ImageSet
 from coldforge.errors import AttackError, ModelError
-from coldforge.evaluate import Target, masking_panel
-from coldforge.evaluate.masking import _refuse_what_is_no_logits
+from coldforge.evaluate import Target, evaluate, masking_panel
 from coldforge.evaluate.masking_attacks import NOISE_POINTS, Task, fooled_by_noise, named
 from coldforge.evaluate.masking_checks import allowed, check
 from coldforge.evaluate.masking_gradients import gradient_of
-from coldforge.models.checks import sum_tolerance
+from coldforge.models.checks import refuse_probabilities, sum_tolerance
 from coldforge.recipe import QuantizeSpec
 from coldforge.records import MaskingRecord
 from traces import draw_a_little, traces, unsettle
@@ -185,9 +185,12 @@ def test_pitfall_14_probabilities_are_refused_whoever_answers(scale, in_8_bits, 
         return scale * ((soft * 256).round() / 256 if in_8_bits else soft)
 
     soft = Changed(network, after=after)
+    data = ImageSet((255 * images).to(torch.uint8), labels, tuple("abcd"))
     for target in (Target(soft), Target(None, File(soft)), Target(network, File(soft))):
         with pytest.raises(ModelError, match="returns probabilities; expected logits; remove the softmax"):
             masking_panel(target, images, labels, BALL)
+        with pytest.raises(ModelError, match="returns probabilities; expected logits; remove the softmax"):
+            evaluate(target, data, [], BALL)
 
 
 def test_log_probabilities_and_positive_logits_are_logits(task):
@@ -201,7 +204,7 @@ def test_logits_with_nearly_the_same_sum_are_no_probabilities_of_8_bits(task):
     logits = predict(network, images) + 20
     sums = logits.sum(1)
     assert 1e-3 < (sums / sums.mean() - 1).abs().max() < sum_tolerance(4)
-    _refuse_what_is_no_logits(logits)
+    refuse_probabilities(logits)
 
 
 def test_logits_far_above_zero_are_no_probabilities(task):
@@ -209,7 +212,7 @@ def test_logits_far_above_zero_are_no_probabilities(task):
     logits = predict(network, images) + 3000
     sums = logits.sum(1)
     assert (sums / sums.mean() - 1).abs().max() < 1e-3
-    _refuse_what_is_no_logits(logits)
+    refuse_probabilities(logits)
 
 
 def test_nan_logits_are_refused(task):

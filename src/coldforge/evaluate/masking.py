@@ -37,7 +37,7 @@ from coldforge.evaluate.masking_attacks import (
 from coldforge.evaluate.masking_checks import allowed, check, percent
 from coldforge.evaluate.masking_gradients import gradient_checks, is_differentiable
 from coldforge.evaluate.target import BACKWARDS
-from coldforge.models.checks import sum_tolerance
+from coldforge.models.checks import refuse_probabilities
 from coldforge.records import MaskingCheckRecord, MaskingRecord
 
 if TYPE_CHECKING:
@@ -177,19 +177,7 @@ def _refuse_what_is_no_logits(logits: Tensor) -> None:
     wrong = int((~logits.isfinite()).any(1).sum())
     if wrong:
         raise ModelError(f"expected finite logits, got NaN or infinity for {wrong} of {len(logits)} test images")
-    in_8_bits = _in_8_bits(logits)
-    sums = (logits if in_8_bits else logits - logits.min()).sum(1)  # beside a large offset all sums are alike
-    missed = sum_tolerance(logits.shape[1]) if in_8_bits else 1e-3
-    constant = bool((sums - sums.mean()).abs().max() <= missed * sums.mean())
-    if bool((logits >= 0).all()) and constant and not bool((logits == logits[0]).all()):
-        raise ModelError("the network returns probabilities; expected logits; remove the softmax")
-
-
-def _in_8_bits(logits: Tensor) -> bool:
-    """Whether all values ``(n, K)`` are multiples of one step, none of more than 256."""
-    values = logits.unique()
-    codes = values / values.diff().min() if len(values) > 1 else values
-    return bool(((codes - codes.round()).abs() < 0.01).all()) and bool(codes.abs().max() <= 256)
+    refuse_probabilities(logits)
 
 
 def _white_box(network: nn.Module, task: Task, target: Target, say: Callable[[str], None]) -> list[MaskingCheckRecord]:

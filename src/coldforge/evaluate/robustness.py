@@ -10,15 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from coldforge.attacks import Attack, AttackResult, Ensemble, ThreatModel, as_parts
+from coldforge.attacks import Attack, AttackResult, Ensemble, ThreatModel, as_parts, predict, untouched
 from coldforge.attacks.ensemble import merge
-from coldforge.compress import network_digest
+from coldforge.compress import attacking, network_digest
 from coldforge.data import ImageSet
 from coldforge.errors import AttackError
 from coldforge.evaluate.crew import attack_all
 from coldforge.evaluate.fast import Precision
 from coldforge.evaluate.ledger import Journal, Ledger, Row
 from coldforge.evaluate.target import TRANSFER, Target, Way, Ways
+from coldforge.models.checks import refuse_probabilities
 from coldforge.spec import spec_hash
 
 _ALIKE_IMAGES = 128
@@ -69,14 +70,16 @@ def evaluate(
 
     Raises:
         AttackError: no images, or an attack that this target or threat model does not allow.
+        ModelError: the network, the file or a surrogate returns probabilities.
     """
     if len(data) == 0:
         raise AttackError("expected test images, got none")
     deadline = time.monotonic() + budget_s if budget_s else float("inf")
     images, labels = data.pixels(), data.labels
     count = min(n, len(data)) if n else len(data)
-    ledger = Ledger(labels, target.answers(images), seed=seed)
     some, names = _some(images), names_of(images[:count])
+    _refuse_probabilities(target, some)
+    ledger = Ledger(labels, target.answers(images), seed=seed)
     tries = _plan(Ways(target, some, precision), attacks, threat_model, transfer)
     key = "" if checkpoint is None else _key(target, some, [data.fingerprint, ledger.answers, count, seed, precision])
     journal = Journal(checkpoint, spec_hash(key, str(threat_model), [(c, a.describe(), w.label) for c, a, w in tries]))
@@ -148,6 +151,15 @@ def names_of(images: Tensor) -> Tensor:
     """What images ``(N, C, H, W)`` in [0, 1] are called, int64 ``(N,)``: a hash of their 8-bit pixels, below 2**60."""
     rows = (images * 255).round().to(torch.uint8).flatten(1).numpy()
     return torch.tensor([int(hashlib.sha256(row.tobytes()).hexdigest()[:15], 16) for row in rows], dtype=torch.int64)
+
+
+def _refuse_probabilities(target: Target, some: Tensor) -> None:
+    for network in (target.network, *target.surrogates.values()):
+        if network is not None:
+            with torch.random.fork_rng(devices=[]), attacking(network), untouched(network):
+                refuse_probabilities(predict(network, some))
+    if target.file is not None:
+        refuse_probabilities(target.file.logits(some))
 
 
 def _key(target: Target, some: Tensor, rest: list[object]) -> str:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from coldforge.errors import ModelError
 from coldforge.models.normalize import Normalize
 
+_PROBABILITIES = "the network returns probabilities; expected logits; remove the softmax"
+
 
 def check_classifier(model: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> None:
     """Run four random images through ``model`` in eval mode and look at the answer; the model is not changed.
@@ -48,7 +50,29 @@ def check_classifier(model: nn.Module, image_shape: tuple[int, int, int], num_cl
     if not bool(logits.isfinite().all()):
         raise ModelError("expected finite logits, got NaN or infinity for random images in [0, 1]")
     if bool((logits >= 0).all()) and torch.allclose(logits.sum(1), torch.ones(4), atol=sum_tolerance(num_classes)):
-        raise ModelError("the network returns probabilities; expected logits; remove the softmax")
+        raise ModelError(_PROBABILITIES)
+
+
+def refuse_probabilities(logits: Tensor) -> None:
+    """Look at the answers ``(N, K)`` to real images, float, finite or not: after a softmax margins shrink and gradients
+    vanish, so that attacks lose their way. Scaled probabilities, and those of 8 bits, are told by their constant sum.
+
+    Raises:
+        ModelError: they are probabilities.
+    """
+    in_8_bits = _in_8_bits(logits)
+    sums = (logits if in_8_bits else logits - logits.min()).sum(1)  # beside a large offset all sums are alike
+    missed = sum_tolerance(logits.shape[1]) if in_8_bits else 1e-3
+    constant = bool((sums - sums.mean()).abs().max() <= missed * sums.mean())
+    if bool((logits >= 0).all()) and constant and not bool((logits == logits[0]).all()):
+        raise ModelError(_PROBABILITIES)
+
+
+def _in_8_bits(logits: Tensor) -> bool:
+    """Whether all values ``(n, K)`` are multiples of one step, none of more than 256."""
+    values = logits.unique()
+    codes = values / values.diff().min() if len(values) > 1 else values
+    return bool(((codes - codes.round()).abs() < 0.01).all()) and bool(codes.abs().max() <= 256)
 
 
 def sum_tolerance(num_classes: int) -> float:
