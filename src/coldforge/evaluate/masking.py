@@ -36,6 +36,7 @@ from coldforge.evaluate.masking_attacks import (
 )
 from coldforge.evaluate.masking_checks import allowed, check, percent
 from coldforge.evaluate.masking_gradients import gradient_checks, is_differentiable
+from coldforge.evaluate.robustness import names_of
 from coldforge.evaluate.target import BACKWARDS
 from coldforge.models.checks import refuse_probabilities
 from coldforge.records import MaskingCheckRecord, MaskingRecord
@@ -71,7 +72,7 @@ def masking_panel(
     seed: int = 0,
     on_progress: Callable[[float, str], None] | None = None,
 ) -> MaskingRecord:
-    """Look for the signs of masked gradients.
+    """Look for the signs of masked gradients. The images' order changes nothing: they are sorted by their pixels.
 
     Args:
         target: the network; its file, if there is one, is asked by Square and for repeatability; its surrogates are
@@ -93,6 +94,8 @@ def masking_panel(
     check_images(images, labels)
     if not len(images):
         raise AttackError("expected images for the masking panel, got none")
+    order = names_of(images).argsort()
+    images, labels = images[order], labels[order]
     say = _teller(on_progress)
     network = target.network
     file = target.file.logits if target.file is not None else None
