@@ -235,27 +235,29 @@ def test_a_trial_becomes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (artifact,) = (tmp_path / "artifacts").iterdir()
     left = {str(path.relative_to(artifact)) for path in artifact.rglob("*") if path.is_file()}
     assert left == {*recipe_results.KEPT, recipe_results.WHICH}
-    monkeypatch.setattr("sys.argv", words)  # without the sweep, which another machine has
-    recipe_results.main()
-    (row,) = recipe_results.load(tmp_path / "results")
-    stands = recipe_results.from_hex(row["stands"], row["n"])
-    assert (row["row"], row["seed"], row["n"], row["n_clean"]) == (HALF, 0, 12, 64)
-    assert stands.mean() == row["robust_accuracy"]
-    assert row["train_macs"] > 0
-    assert row["masking"] in ("ok", "suspect")
-    assert (row["paper"]["n"], row["lite"]["n"]) == (6, 64)
-    assert recipe_results.from_hex(row["lite"]["stands"], 64).mean() == row["lite"]["robust_accuracy"]["worst_case"]
-    assert {*recipe_results.PAPER, "worst_case"} <= row["paper"]["robust_accuracy"].keys()
-    words = ["evaluate", str(artifact), "--out", str(tmp_path / "evaluation"), "--attack", "square-5", "--n", "5"]
-    assert main([*words, "--no-masking", "--quiet"]) == 0
     asked = []
     whole = recipe_results.evaluate_path
 
     def watched(path: Path, request: Request, **more: object) -> object:
         asked.append(request.attack)
-        return whole(path, replace(request, no_masking=True), **more)  # type: ignore[arg-type]
+        return whole(path, replace(request, masking_n=9), **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(recipe_results, "evaluate_path", watched)
+    monkeypatch.setattr("sys.argv", words)  # without the sweep, which another machine has
+    recipe_results.main()
+    assert asked == [("square-5",), ("fgsm", "pgd-20-paper"), ("square-3",)]
+    asked.clear()
+    (row,) = recipe_results.load(tmp_path / "results")
+    stands = recipe_results.from_hex(row["stands"], row["n"])
+    assert (row["row"], row["seed"], row["n"], row["n_clean"]) == (HALF, 0, 12, 64)
+    assert stands.mean() == row["robust_accuracy"]
+    assert row["train_macs"] > 0
+    assert row["masking"] == "not_run", "nine images are too few for a verdict"
+    assert (row["paper"]["n"], row["lite"]["n"]) == (6, 64)
+    assert recipe_results.from_hex(row["lite"]["stands"], 64).mean() == row["lite"]["robust_accuracy"]["worst_case"]
+    assert {*recipe_results.PAPER, "worst_case"} <= row["paper"]["robust_accuracy"].keys()
+    words = ["evaluate", str(artifact), "--out", str(tmp_path / "evaluation"), "--attack", "square-5", "--n", "5"]
+    assert main([*words, "--no-masking", "--quiet"]) == 0
     recipe_results.main()
     assert not asked, "all of it is there"
     monkeypatch.setitem(also, "paper", also["paper"] | {"n": 7})
