@@ -19,6 +19,7 @@ from coldforge._version import __version__
 from coldforge.compress import QuantizedLayer
 from coldforge.deploy.graph import miscounts, tidy
 from coldforge.deploy.integer import integer_form, translations
+from coldforge.deploy.torchlib import kept_table
 from coldforge.errors import ExportError, UsageError
 from coldforge.sealed import write_atomic
 
@@ -65,7 +66,7 @@ def export_onnx(
         raise UsageError(f"metadata: expected keys other than {', '.join(_OWN_KEYS)}, got {', '.join(taken)}")
     network, bits = integer_form(model)
     _check_finite(network)
-    with _quiet(), torch.no_grad():
+    with _quiet(), kept_table(), torch.no_grad():
         program = _traced(network, shape, len(classes))
         result = tidy(_translated(network, program, fold=bits == 32))
     if bits <= 8 and miscounts(result.graph):

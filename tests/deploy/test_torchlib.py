@@ -1,0 +1,82 @@
+"""The kept table of ONNX functions: built once, the same files, torch as it was."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.onnx._internal.exporter import _registration
+from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+from coldforge.deploy import export_onnx, onnx, torchlib
+from coldforge.deploy.torchlib import kept_table
+
+
+def exported(path: Path) -> bytes:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    export_onnx(network, path, image_shape=(2, 10, 10), classes="abc")
+    return path.read_bytes()
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Tables that torch builds from now on; none is kept yet."""
+    monkeypatch.setattr(torchlib, "_TABLES", {})
+    tables: list[Any] = []
+    build = ONNXRegistry.from_torchlib
+
+    def from_torchlib(**kwargs: Any) -> Any:
+        tables.append(build(**kwargs))
+        return tables[-1]
+
+    monkeypatch.setattr(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib))
+    return tables
+
+
+def test_the_table_is_built_once_and_the_files_are_the_same(
+    built: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [exported(tmp_path / f"{number}.onnx") for number in range(2)]
+    assert len(built) == 1
+    monkeypatch.setattr(onnx, "kept_table", nullcontext)
+    assert files == [exported(tmp_path / "plain.onnx")] * 2
+    assert len(built) == 2
+
+
+def test_own_translations_do_not_enter_the_table_that_is_kept(built: list[Any]) -> None:
+    target = torch.ops.aten.relu.default
+    with kept_table():
+        first, second = (_registration.ONNXRegistry().from_torchlib(opset_version=21) for _ in range(2))
+    known = len(second.get_decomps(target))
+    first.register_op(target, lambda x: x)
+    assert len(first.get_decomps(target)) == known + 1
+    with kept_table():
+        third = _registration.ONNXRegistry().from_torchlib(opset_version=21)
+        other = _registration.ONNXRegistry().from_torchlib(opset_version=18)
+    assert [len(table.get_decomps(target)) for table in (second, third)] == [known, known]
+    assert (third.opset_version, other.opset_version, len(built)) == (21, 18, 2)
+
+
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_torch_is_left_as_it_was(error: type[Exception] | None) -> None:
+    before = ONNXRegistry.__dict__["from_torchlib"]
+    with pytest.raises(error) if error else nullcontext(), kept_table():
+        assert ONNXRegistry.__dict__["from_torchlib"] is not before
+        if error:
+            raise error
+    assert ONNXRegistry.__dict__["from_torchlib"] is before
+
+
+def test_a_torch_without_such_a_table_exports_all_the_same(
+    built: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = exported(tmp_path / "kept.onnx")
+    monkeypatch.setitem(sys.modules, _registration.__name__, None)
+    assert exported(tmp_path / "plain.onnx") == expected
+    assert len(built) == 2, "not kept"
