@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from coldforge.compress import Structure, quantize, save_network
 from coldforge.console import RichProgress
 from coldforge.data import from_arrays
 from coldforge.errors import UsageError
+from coldforge.evaluation import sensitivity as scanning
+from coldforge.evaluation.request import Importance
 from coldforge.evaluation.sensitivity import sensitivity
 from coldforge.models import cnn8, normalized
 from coldforge.progress import Step
-from coldforge.recipe import QuantizeSpec, TrainSpec
+from coldforge.recipe import PruneSpec, QuantizeSpec, TrainSpec
 from coldforge.train import train
 
 BALL = ThreatModel("linf", 0.1)
@@ -85,6 +88,28 @@ def test_the_scan_finds_what_costs_nothing(task):
     assert found["network.2", "1 bits"].robust_loss >= found["network.2", "4 bits"].robust_loss
 
 
+def test_channels_go_by_the_importance_that_is_given(task):
+    network, data = task
+
+    def backwards(model: nn.Module, name: str) -> torch.Tensor:
+        return -model.get_submodule(name).weight.detach().abs().flatten(1).sum(1)
+
+    rows = {}
+    for importance in (None, backwards):
+        found = sensitivity(
+            network,
+            data.validation,
+            BALL,
+            calibration=data.train.pixels(),
+            ratios=(0.5,),
+            bits=(),
+            importance=importance,
+        )
+        rows[importance] = {row.layer: row for row in found}
+    assert rows[None]["network.0"].robust_loss == 0
+    assert rows[backwards]["network.0"].robust_loss > 0.1, "the half that is read"
+
+
 def test_a_quantized_network_is_refused(task):
     network, data = task
     rounded = quantize(network, QuantizeSpec(), data.train.pixels())
@@ -110,6 +135,27 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     out = capsys.readouterr().out
     assert "cost, points [95 %]" in out
     assert "network.conv1" in out
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(
+        scanning,
+        "sensitivity",
+        lambda network, *_, importance, **more: (
+            asked.append(more | {"scores": importance(network, "network.conv1")}) or []
+        ),
+    )
+    kinds = [kind for kind in get_args(Importance) if kind != "batchnorm"]
+    for kind in kinds:
+        assert main([*words, "--importance", kind, "--json"]) == 0
+    assert main([*words, "--importance", "batchnorm"]) == 1
+    assert "expected a network with BatchNorm behind its layers, found none" in capsys.readouterr().err
+    assert [(each["ratios"], each["bits"]) for each in asked] == [((0.5,), (4,))] * 5
+    scores = {kind: each["scores"] for kind, each in zip(kinds, asked, strict=True)}
+    assert {len(score) for score in scores.values()} == {len(scores["l1"])}
+    assert torch.equal(scores["l1"], network.network.conv1.weight.double().abs().flatten(1).sum(1))
+    assert not torch.equal(scores["taylor"], scores["taylor-adversarial"])
+    assert set(get_args(Importance)) == set(get_args(PruneSpec.model_fields["importance"].annotation))
+    assert main([*words, "--importance", "size"]) == 2
+    assert "importance" in capsys.readouterr().err
     assert main([*words, "--ratio", "1.5"]) == 2
     assert "--ratio: expected a part of the channels between 0 and 1, got 1.5" in capsys.readouterr().err
     assert main([*words, "--bits", "9"]) == 2

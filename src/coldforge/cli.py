@@ -20,7 +20,7 @@ from coldforge._version import __version__
 from coldforge.cli_store import store_app
 from coldforge.cli_sweep import add_commands
 from coldforge.errors import ColdforgeError, RecipeError, UsageError
-from coldforge.evaluation.request import DEFAULTS, EXAMPLES, NETWORK_DEFAULTS, NetworkRequest, Request
+from coldforge.evaluation.request import DEFAULTS, EXAMPLES, SCAN_DEFAULTS, Request, ScanRequest
 
 if TYPE_CHECKING:
     from coldforge.console import RichProgress
@@ -246,9 +246,7 @@ def sensitivity(
     target: Path,
     /,
     *,
-    request: Annotated[NetworkRequest, Parameter(name="*")] = NETWORK_DEFAULTS,
-    ratio: Annotated[tuple[float, ...], Parameter(show_default=False)] = (0.25, 0.5),
-    bits: Annotated[tuple[int, ...], Parameter(show_default=False)] = (4, 2),
+    request: Annotated[ScanRequest, Parameter(name="*")] = SCAN_DEFAULTS,
     json: bool = False,
     quiet: Annotated[bool, Parameter(alias="-q")] = False,
 ) -> None:
@@ -259,8 +257,6 @@ def sensitivity(
 
     Args:
         target: a float network: a checkpoint with --model, --mean and --std, or a folder with model.safetensors.
-        ratio: part of the channels to remove; may be repeated. Default: 0.25 and 0.5.
-        bits: bits of the layer's weights and its input; may be repeated. Default: 4 and 2.
         json: print the rows as JSON.
         quiet: no progress.
     """
@@ -268,7 +264,7 @@ def sensitivity(
     from coldforge.evaluation.sensitivity import scan
 
     with _progress(quiet) as progress:
-        rows = scan(target, request, ratios=ratio, bits=bits, progress=progress)
+        rows = scan(target, request, progress)
     print_json([row.to_dict() for row in rows]) if json else print_sensitivity(rows)
 
 

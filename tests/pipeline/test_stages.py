@@ -18,6 +18,7 @@ from coldforge.pipeline import arrow
 from coldforge.progress import Progress
 from coldforge.recipe import load_recipe
 from coldforge.stages import Shop, networks
+from coldforge.train import ranking
 
 ON_THE_FILE = ["evaluate: artifact", "masking*", "agreement*", "adversarial examples", "latency*"]
 AFTER_TUNING = ["fine-tune*", "*tuned*", *ON_THE_FILE]
@@ -309,7 +310,7 @@ def test_half_a_normalization_is_none(given, recipe, shop):
 @pytest.mark.parametrize("importance", ["taylor", "taylor-adversarial"])
 def test_taylor_takes_the_gradients_it_is_called_after(importance, recipe, shop, model, splits, monkeypatch):
     seen = []
-    monkeypatch.setattr(networks, "taylor", lambda network, batches: seen.extend(batches))
+    monkeypatch.setattr(ranking, "taylor", lambda network, batches: seen.extend(batches))
     networks._taylor(shop(recipe({"prune.importance": importance, "prune.importance_n": 150})), model)
     assert [len(labels) for _, labels in seen] == [128, 22]
     images, labels = (torch.cat(part) for part in zip(*seen, strict=True))

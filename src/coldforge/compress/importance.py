@@ -81,6 +81,21 @@ def batchnorm_scale(model: nn.Module) -> Importance:
     return score
 
 
+def by_weights(model: nn.Module, kind: str, seed: int) -> Importance:
+    """What the name of an importance means, as far as weights alone decide.
+
+    Raises:
+        ModelError: for those that need images.
+    """
+    if kind == "random":
+        return at_random(seed)
+    if kind == "batchnorm":
+        return batchnorm_scale(model)
+    if kind in ("l1", "l2"):
+        return norm(1 if kind == "l1" else 2)
+    raise ModelError(f"prune.importance = {kind!r} needs images: pass importance=taylor(model, batches)")
+
+
 def taylor(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Importance:
     """How much the loss would change without a channel, to first order.
 

@@ -31,7 +31,7 @@ from coldforge.compress.dependency import (
     probe_images,
     traceable,
 )
-from coldforge.compress.importance import Importance, at_random, batchnorm_scale, norm
+from coldforge.compress.importance import Importance, by_weights, norm
 from coldforge.errors import ModelError, nearest
 from coldforge.models.zoo import OptionAShortcut
 from coldforge.recipe import PruneSpec
@@ -110,7 +110,7 @@ def prune(
         return pruned, PruningPlan()
     dense = copy.deepcopy(model)
     images = probe_images(pruned, image_shape)
-    scores = importance or _ranking(model, spec.importance, seed)
+    scores = importance or by_weights(model, spec.importance, seed)
     with traceable(pruned):
         graph = dependency_graph(pruned, images)
         kept_whole = output_layers(graph)
@@ -215,17 +215,6 @@ def replay(model: nn.Module, plan: PruningPlan, *, image_shape: Sequence[int]) -
                 f"got {_width(modules[name])}"
             )
     return pruned
-
-
-def _ranking(model: nn.Module, kind: str, seed: int) -> Importance:
-    """What a name in a recipe means, as far as weights alone decide."""
-    if kind == "random":
-        return at_random(seed)
-    if kind == "batchnorm":
-        return batchnorm_scale(model)
-    if kind in ("l1", "l2"):
-        return norm(1 if kind == "l1" else 2)
-    raise ModelError(f"prune.importance = {kind!r} needs images: pass importance=taylor(model, batches)")
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------

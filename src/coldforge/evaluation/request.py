@@ -27,6 +27,9 @@ coldforge evaluate any.onnx --data folder:my-images --eps 0.03
 
 coldforge evaluate any.onnx --surrogate coldforge-quickstart --data fashion-mnist --eps 0.1"""
 
+Importance = Literal["l1", "l2", "batchnorm", "taylor", "taylor-adversarial", "random"]
+"""As of :class:`coldforge.recipe.PruneSpec`."""
+
 _UNITS = {"h": 3600.0, "min": 60.0, "m": 60.0, "s": 1.0}
 
 
@@ -59,6 +62,27 @@ class NetworkRequest:
         for name in ("n", "seed", "threads"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name}: expected 0 or more, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanRequest(NetworkRequest):
+    """How to compress one layer at a time."""
+
+    ratio: tuple[float, ...] = (0.25, 0.5)
+    """part of the channels to remove; may be repeated."""
+    importance: Importance = "l1"
+    """by which channels are chosen, as in recipes."""
+    bits: tuple[int, ...] = (4, 2)
+    """bits of the layer's weights and its input; may be repeated."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for ratio in self.ratio:
+            if not 0 < ratio < 1:
+                raise UsageError(f"--ratio: expected a part of the channels between 0 and 1, got {ratio:g}")
+        for bits in self.bits:
+            if not 1 <= bits <= 8:
+                raise UsageError(f"--bits: expected 1 to 8, got {bits}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +132,7 @@ class Request(NetworkRequest):
 
 
 DEFAULTS = Request()
-NETWORK_DEFAULTS = NetworkRequest()
+SCAN_DEFAULTS = ScanRequest()
 
 
 def parse_duration(text: str) -> float:

@@ -1,6 +1,6 @@
 """What does it cost, layer by layer? Accuracies of a robust network after one layer alone was compressed.
 
-For each layer (with those tied to it): its channels pruned by L1 norm, or its weights and its input rounded to few
+For each layer (with those tied to it): its channels pruned, or its weights and its input rounded to few
 bits, and nothing trained. Done on the validation part of the training images, because what is learned here decides
 recipes.
 """
@@ -17,17 +17,19 @@ from torch import Tensor, nn
 
 from coldforge.attacks import TILE, ThreatModel, parse_attack
 from coldforge.compress import ActivationQuantizer, QuantizedLayer, prune, quantize, refit
+from coldforge.compress.importance import Importance, by_weights
 from coldforge.data import ImageSet
 from coldforge.errors import UsageError
 from coldforge.evaluate import WORST_CASE, Target, evaluate, paired_interval, summarize
 from coldforge.evaluation.job import pass_seconds
-from coldforge.evaluation.request import NetworkRequest
+from coldforge.evaluation.request import ScanRequest
 from coldforge.evaluation.subject import load_network_of
 from coldforge.measure import count_macs, count_params
 from coldforge.models import torch_threads
 from coldforge.progress import Progress, Step
 from coldforge.provenance import physical_cores
 from coldforge.recipe import PruneSpec, QuantizeSpec
+from coldforge.train.ranking import taylor_on
 
 ATTACK = "pgd-10"
 _PASSES = 20.0
@@ -65,6 +67,7 @@ def sensitivity(
     calibration: Tensor,
     ratios: Sequence[float] = (0.25, 0.5),
     bits: Sequence[int] = (4, 2),
+    importance: Importance | None = None,
     seed: int = 0,
     on_progress: Callable[[float, str], None] | None = None,
 ) -> list[Sensitivity]:
@@ -77,6 +80,7 @@ def sensitivity(
         calibration: training images ``(N, C, H, W)`` for the ranges of activations.
         ratios: parts of the channels to remove.
         bits: of the layer's weights and of its input; all others have 8.
+        importance: ranks the channels; default: by the L1 norm of their filters.
         seed: of the attack.
         on_progress: called with the finished fraction and what was measured.
 
@@ -100,7 +104,7 @@ def sensitivity(
         ledger = evaluate(Target(model), data, attacks, threat_model, seed=seed, precision="fp32", transfer=False)
         return summarize(ledger, data.classes).clean_accuracy, ledger.survived(WORST_CASE)
 
-    ways = list(_ways(network, shape, calibration, ratios, bits))
+    ways = list(_ways(network, shape, calibration, ratios, bits, importance))
     clean, before = stands(network)
     rows = [Sensitivity("(none)", "", 0.0, 0.0, clean, float(before.double().mean()), 0.0, (0.0, 0.0))]
     for number, (layer, how, make) in enumerate(ways):
@@ -125,25 +129,17 @@ def sensitivity(
     return rows
 
 
-def scan(
-    path: Path, request: NetworkRequest, *, ratios: Sequence[float], bits: Sequence[int], progress: Progress
-) -> list[Sensitivity]:
+def scan(path: Path, request: ScanRequest, progress: Progress) -> list[Sensitivity]:
     """:func:`sensitivity` of what ``path`` names, on the first validation images.
 
     Raises:
         ColdforgeError: the message says what was expected, what was found and what to do.
     """
-    for ratio in ratios:
-        if not 0 < ratio < 1:
-            raise UsageError(f"--ratio: expected a part of the channels between 0 and 1, got {ratio:g}")
-    for count in bits:
-        if not 1 <= count <= 8:
-            raise UsageError(f"--bits: expected 1 to 8, got {count}")
     with torch_threads(request.threads or min(physical_cores(), 8)):
         network, splits, threat_model = load_network_of(path, request)
         part = splits.validation.take(slice(0, request.n or None))
         calibration = splits.train.pixels(slice(0, QuantizeSpec().calibration_n))
-        ways = 1 + sum(1 for _ in _ways(network, splits.image_shape, calibration, ratios, bits))
+        ways = 1 + sum(1 for _ in _ways(network, splits.image_shape, calibration, request.ratio, request.bits))
         seconds = ways * _PASSES * pass_seconds(network, part) * max(len(part) / TILE, 1.0)
         progress.plan([Step("sensitivity", seconds)])
         progress.note("nothing of this scan is kept when it is stopped")
@@ -153,8 +149,9 @@ def scan(
             part,
             threat_model,
             calibration=calibration,
-            ratios=ratios,
-            bits=bits,
+            ratios=request.ratio,
+            bits=request.bits,
+            importance=_ranking(network, splits.train, threat_model, request),
             seed=request.seed,
             on_progress=progress.advance,
         )
@@ -162,8 +159,20 @@ def scan(
     return rows
 
 
+def _ranking(network: nn.Module, data: ImageSet, threat_model: ThreatModel, request: ScanRequest) -> Importance:
+    if not request.importance.startswith("taylor"):
+        return by_weights(network, request.importance, request.seed)
+    attacked = threat_model if request.importance == "taylor-adversarial" else None
+    return taylor_on(network, data.take(slice(0, PruneSpec().importance_n)), attacked, seed=request.seed)
+
+
 def _ways(
-    network: nn.Module, shape: Sequence[int], calibration: Tensor, ratios: Sequence[float], bits: Sequence[int]
+    network: nn.Module,
+    shape: Sequence[int],
+    calibration: Tensor,
+    ratios: Sequence[float],
+    bits: Sequence[int],
+    importance: Importance | None = None,
 ) -> Iterator[tuple[str, str, Callable[[], nn.Module]]]:
     """(layer, how, what makes the network)."""
     fine = PruneSpec(ratio=0.5, round_to=1, min_width=1)
@@ -172,7 +181,7 @@ def _ways(
     for layer in names:
         for ratio in ratios:
             spec = fine.model_copy(update={"ratio": ratio})
-            yield layer, f"prune {ratio:.0%}", partial(_narrower, network, shape, layer, spec)
+            yield layer, f"prune {ratio:.0%}", partial(_narrower, network, shape, layer, spec, importance)
     eight = quantize(network, QuantizeSpec(), calibration)
     for layer, module in eight.named_modules():
         if isinstance(module, QuantizedLayer) and module.weight.requires_grad:
@@ -180,8 +189,10 @@ def _ways(
                 yield layer, f"{count} bits", partial(_coarser, network, calibration, layer, count)
 
 
-def _narrower(network: nn.Module, shape: Sequence[int], layer: str, spec: PruneSpec) -> nn.Module:
-    return prune(network, spec, image_shape=shape, only=[layer])[0]
+def _narrower(
+    network: nn.Module, shape: Sequence[int], layer: str, spec: PruneSpec, importance: Importance | None
+) -> nn.Module:
+    return prune(network, spec, image_shape=shape, importance=importance, only=[layer])[0]
 
 
 def _coarser(network: nn.Module, calibration: Tensor, layer: str, bits: int) -> nn.Module:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from coldforge.attacks import loss_direction, parse_inner, perturb, predict
-from coldforge.compress import PruningPlan, Structure, fold_quantized, joined, network_digest, save_network, taylor
+from coldforge.attacks import predict
+from coldforge.compress import PruningPlan, Structure, fold_quantized, joined, network_digest, save_network
 from coldforge.compress import build as build_network
 from coldforge.compress import prune as prune_channels
 from coldforge.compress import quantize as quantize_network
@@ -30,6 +29,7 @@ from coldforge.stages.training import (
     trained,
     training_macs,
 )
+from coldforge.train.ranking import taylor_on
 
 _OPTIMIZER = ("optimizer", "lr", "momentum", "nesterov", "weight_decay")
 _UNTRAINED = "rounded to {} bits after all of its training; a lower finetune.float_epochs trains through the rounding"
@@ -175,20 +175,9 @@ def _between_steps(shop: Shop) -> TrainSpec | None:
 
 
 def _taylor(shop: Shop, network: nn.Module) -> Importance:
-    """Taylor importance from training images, clean or attacked with PGD-7 at full eps."""
-    spec, threat_model = shop.recipe.prune, shop.threat_model
-    part = shop.data.train.take(slice(0, spec.importance_n))
-    inner = parse_inner("pgd-7")
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in zip(part.pixels().split(128), part.labels.split(128), strict=True):
-            if spec.importance == "taylor-adversarial":
-                ascend = partial(loss_direction, labels=labels, loss="ce")
-                generator = torch.Generator().manual_seed(shop.recipe.seed)
-                images = perturb(network, images, ascend, threat_model, inner, generator)
-            yield images, labels
-
-    return taylor(network, batches())
+    spec = shop.recipe.prune
+    attacked = shop.threat_model if spec.importance == "taylor-adversarial" else None
+    return taylor_on(network, shop.data.train.take(slice(0, spec.importance_n)), attacked, seed=shop.recipe.seed)
 
 
 def quantize(shop: Shop, network: Stage) -> Stage:
