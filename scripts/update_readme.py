@@ -6,7 +6,7 @@ is `table` (a record.json), `clipping`, `attack_parity`, `attack_peers`, `attack
 that name), `sweep` (the table.csv of a sweep), `sweep_seconds`, `sweep_sizes`, `sweep_trials` or `sweep_workers` (by
 sweep_scale), `paper_figure`, `paper_claims` or `paper_readings` (by paper_figure), one of the tables of
 benchmarks/tables.py, or, with the folder of the records as PATH, `recipe_results`, `recipe_cifar10`, `recipe_paper`,
-`recipe_lite` or `goals`. Where there is no record yet, it says so.
+`recipe_lite`, `sensitivity` or `goals`. Where there is no record yet, it says so.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TABLE = re.compile(r"(<!-- (\w+): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def filled(text: str) -> str:
     """The page with every table made anew from its file."""
-    kinds = {"table": stages, "clipping": clipping, "int4": int4, "goals": goals}
+    kinds = {"table": stages, "clipping": clipping, "int4": int4, "goals": goals, "sensitivity": sensitivity}
     kinds |= {"attack_parity": attack_parity, "attack_peers": attack_peers, "attack_speed": attack_speed}
     kinds |= {"sweep": sweep, "recipe_results": recipe_results.table, "recipe_paper": recipe_results.paper_table}
     kinds |= {"recipe_lite": recipe_results.lite_table, "recipe_cifar10": partial(recipe_results.table, data="cifar10")}
@@ -132,6 +132,12 @@ def sweep(path: Path) -> str:
             f"| {float(row['train_macs']) / 1e12:.1f} |"
         )
     return "\n".join(lines)
+
+
+def sensitivity(folder: Path) -> str:
+    """Scans of one network, each by another importance."""
+    scans = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    return tables.sensitivity(scans) if scans else NOT_COMPUTED
 
 
 def attack_speed(path: Path) -> str:

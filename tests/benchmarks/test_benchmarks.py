@@ -82,6 +82,20 @@ def test_without_a_record_there_are_no_goals() -> None:
 # --- the plain peer ---------------------------------------------------------------------------------------------------
 
 
+def test_the_table_of_what_layers_cost() -> None:
+    def row(layer: str, how: str, loss: float) -> dict[str, object]:
+        return {"layer": layer, "how": how, "robust_loss": loss, "robust_loss_ci95": (loss - 0.01, loss + 0.02)}
+
+    first = [row("(none)", "", 0.0), row("network.a", "prune 50%", 0.2), row("network.a", "4 bits", -0.005)]
+    second = [row("(none)", "", 0.0), row("network.a", "prune 50%", 0.1), row("network.b", "4 bits", 0.3)]
+    assert tables.sensitivity({"l1": first, "taylor": second}).splitlines() == [
+        "| layer | prune 50%, l1 | prune 50%, taylor | 4 bits |",
+        "|---|---:|---:|---:|",
+        "| a | -20.0 [-22.0, -19.0] | -10.0 [-12.0, -9.0] | +0.5 [-1.5, +1.5] |",
+        "| b |  |  | -30.0 [-32.0, -29.0] |",
+    ]
+
+
 def test_plain_fake_quantization_is_the_function_of_ours() -> None:
     networks = untrained("cnn8", 0.5)
     images = networks.images[:16]
