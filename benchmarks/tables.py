@@ -43,10 +43,10 @@ def sensitivity(scans: Mapping[str, Sequence[Contents]]) -> str:
     for importance, rows in scans.items():
         for row in rows[1:]:
             rounds = not row["how"].startswith("prune")
-            low, high = (-100 * end for end in reversed(row["robust_loss_ci95"]))
+            low, high = (100 * end for end in row["robust_loss_ci95"])
             found = cells.setdefault(row["layer"].removeprefix("network."), {})
             column = rounds, row["how"] if rounds else f"{row['how']}, {importance}"
-            found[column] = f"{-100 * row['robust_loss']:+.1f} [{low:+.1f}, {high:+.1f}]"
+            found[column] = f"{100 * row['robust_loss']:.1f} [{low:.1f}, {high:.1f}]"
     columns = sorted({column for found in cells.values() for column in found})
     rows = [[layer, *(found.get(column, "") for column in columns)] for layer, found in cells.items()]
     return markdown(["layer", *(name for _, name in columns)], rows)

@@ -12,7 +12,7 @@ from torch import nn
 
 from coldforge.attacks import ThreatModel
 from coldforge.cli import main
-from coldforge.compress import Structure, quantize, save_network
+from coldforge.compress import Structure, network_digest, prune, quantize, save_network
 from coldforge.console import RichProgress
 from coldforge.data import from_arrays
 from coldforge.errors import UsageError
@@ -95,7 +95,7 @@ def test_channels_go_by_the_importance_that_is_given(task):
         return -model.get_submodule(name).weight.detach().abs().flatten(1).sum(1)
 
     rows = {}
-    for importance in (None, backwards):
+    for importance in ("l1", backwards):
         found = sensitivity(
             network,
             data.validation,
@@ -106,8 +106,20 @@ def test_channels_go_by_the_importance_that_is_given(task):
             importance=importance,
         )
         rows[importance] = {row.layer: row for row in found}
-    assert rows[None]["network.0"].robust_loss == 0
+    assert rows["l1"]["network.0"].robust_loss == 0
     assert rows[backwards]["network.0"].robust_loss > 0.1, "the half that is read"
+
+
+def test_channels_that_go_at_random_are_those_of_a_recipe(task):
+    network, data = task
+    for ratios in ((0.5,), (0.25, 0.5)):
+        ways = scanning._ways(network, data.image_shape, data.train.pixels(), ratios, (), "random", 5)
+        made = {layer: make() for layer, how, make in ways if how == "prune 50%"}
+        for layer, small in made.items():
+            spec = PruneSpec(ratio=0.5, round_to=1, min_width=1, importance="random")
+            expected = prune(network, spec, image_shape=data.image_shape, seed=5, only=[layer])[0]
+            assert network_digest(small) == network_digest(expected)
+        assert len(made) == 2
 
 
 def test_a_quantized_network_is_refused(task):
@@ -136,24 +148,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert "cost, points [95 %]" in out
     assert "network.conv1" in out
     asked: list[dict[str, object]] = []
-    monkeypatch.setattr(
-        scanning,
-        "sensitivity",
-        lambda network, *_, importance, **more: (
-            asked.append(more | {"scores": importance(network, "network.conv1")}) or []
-        ),
-    )
-    kinds = [kind for kind in get_args(Importance) if kind != "batchnorm"]
-    for kind in kinds:
+    monkeypatch.setattr(scanning, "sensitivity", lambda *_, **more: asked.append(more) or [])
+    for kind in get_args(Importance):
         assert main([*words, "--importance", kind, "--json"]) == 0
+    assert {(each["ratios"], each["bits"]) for each in asked} == {((0.5,), (4,))}
+    rankings = {kind: each["importance"] for kind, each in zip(get_args(Importance), asked, strict=True)}
+    clean, attacked = (rankings.pop(kind)(network, "network.conv1") for kind in ("taylor", "taylor-adversarial"))
+    assert not torch.equal(clean, attacked)
+    assert rankings == {kind: kind for kind in rankings}
+    assert set(get_args(Importance)) == set(get_args(PruneSpec.model_fields["importance"].annotation))
+    monkeypatch.undo()
     assert main([*words, "--importance", "batchnorm"]) == 1
     assert "expected a network with BatchNorm behind its layers, found none" in capsys.readouterr().err
-    assert [(each["ratios"], each["bits"]) for each in asked] == [((0.5,), (4,))] * 5
-    scores = {kind: each["scores"] for kind, each in zip(kinds, asked, strict=True)}
-    assert {len(score) for score in scores.values()} == {len(scores["l1"])}
-    assert torch.equal(scores["l1"], network.network.conv1.weight.double().abs().flatten(1).sum(1))
-    assert not torch.equal(scores["taylor"], scores["taylor-adversarial"])
-    assert set(get_args(Importance)) == set(get_args(PruneSpec.model_fields["importance"].annotation))
     assert main([*words, "--importance", "size"]) == 2
     assert "importance" in capsys.readouterr().err
     assert main([*words, "--ratio", "1.5"]) == 2

@@ -91,8 +91,8 @@ def test_the_table_of_what_layers_cost() -> None:
     assert tables.sensitivity({"l1": first, "taylor": second}).splitlines() == [
         "| layer | prune 50%, l1 | prune 50%, taylor | 4 bits |",
         "|---|---:|---:|---:|",
-        "| a | -20.0 [-22.0, -19.0] | -10.0 [-12.0, -9.0] | +0.5 [-1.5, +1.5] |",
-        "| b |  |  | -30.0 [-32.0, -29.0] |",
+        "| a | 20.0 [19.0, 22.0] | 10.0 [9.0, 12.0] | -0.5 [-1.5, 1.5] |",
+        "| b |  |  | 30.0 [29.0, 32.0] |",
     ]
 
 

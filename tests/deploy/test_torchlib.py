@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+import threading
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,15 +55,43 @@ def test_the_table_is_built_once_and_the_files_are_the_same(
 def test_own_translations_do_not_enter_the_table_that_is_kept(built: list[Any]) -> None:
     target = torch.ops.aten.relu.default
     with kept_table():
-        first, second = (_registration.ONNXRegistry().from_torchlib(opset_version=21) for _ in range(2))
+        first, second = (ONNXRegistry.from_torchlib() for _ in range(2))
     known = len(second.get_decomps(target))
     first.register_op(target, lambda x: x)
     assert len(first.get_decomps(target)) == known + 1
     with kept_table():
-        third = _registration.ONNXRegistry().from_torchlib(opset_version=21)
-        other = _registration.ONNXRegistry().from_torchlib(opset_version=18)
+        third = ONNXRegistry.from_torchlib()
     assert [len(table.get_decomps(target)) for table in (second, third)] == [known, known]
-    assert (third.opset_version, other.opset_version, len(built)) == (21, 18, 2)
+    assert len(built) == 1
+
+
+def test_threads_take_turns() -> None:
+    before = ONNXRegistry.__dict__["from_torchlib"]
+    inside, other = threading.Event(), threading.Event()
+
+    def export() -> None:
+        inside.wait(10)
+        with kept_table():
+            other.set()
+
+    thread = threading.Thread(target=export)
+    thread.start()
+    with kept_table():
+        inside.set()
+        assert not other.wait(0.1)
+    thread.join(10)
+    assert other.is_set()
+    assert ONNXRegistry.__dict__["from_torchlib"] is before
+
+
+@pytest.mark.parametrize("table", [object(), SimpleNamespace(functions={"relu": ("a", "b")})])
+def test_a_table_of_another_kind_is_built_for_each_file(table: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchlib, "_TABLES", {})
+    monkeypatch.setattr(ONNXRegistry, "from_torchlib", classmethod(lambda cls: copy.copy(table)))
+    with kept_table():
+        first, second = (ONNXRegistry.from_torchlib() for _ in range(2))
+    assert type(first) is type(second) is type(table)
+    assert first is not second
 
 
 @pytest.mark.parametrize("error", [None, ValueError])

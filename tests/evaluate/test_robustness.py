@@ -26,7 +26,7 @@ class File:
         self.labels = labels
 
     def logits(self, images):
-        return 2.0 * torch.nn.functional.one_hot(self.labels(images), 10) - 1
+        return 2 * torch.nn.functional.one_hot(self.labels(images), 10) - 1  # a file of one's own may count in integers
 
 
 def slow_ledger(model, data, attacks, threat, n, seed):

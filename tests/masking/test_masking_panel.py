@@ -192,6 +192,8 @@ def test_pitfall_14_probabilities_are_refused_whoever_answers(scale, in_8_bits, 
             masking_panel(target, images, labels, BALL)
         with pytest.raises(ModelError, match="returns probabilities; expected logits; remove the softmax"):
             evaluate(target, data, [], BALL)
+    with pytest.raises(ModelError, match="returns probabilities; expected logits; remove the softmax"):
+        evaluate(Target(network, surrogates={"soft": soft}), data, [], BALL)
 
 
 def test_log_probabilities_and_positive_logits_are_logits(task):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from coldforge.errors import ModelError
 from coldforge.models import check_classifier, cnn8, normalized, resnet20
+from coldforge.models.checks import refuse_probabilities
 
 SHAPE = (1, 8, 8)
 
@@ -97,3 +98,19 @@ def test_modes_come_back_after_an_error() -> None:
     with pytest.raises(ModelError):
         check_classifier(network, SHAPE, 5)
     assert network[0].training
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+def test_a_dead_network_returns_no_probabilities(classes: int) -> None:
+    """Its logits hardly move, so neither does their sum."""
+    generator = torch.Generator().manual_seed(0)
+    ends = torch.rand(classes, generator=generator)
+    for size in (1e-2, 1e-4, 1e-6, 0.0):
+        logits = ends + size * torch.rand(64, classes, generator=generator)
+        refuse_probabilities(logits)
+        refuse_probabilities(torch.stack([0.1 + size * torch.rand(64, generator=generator), torch.zeros(64)], 1))
+    soft = (10 * torch.rand(64, classes, generator=generator)).softmax(1)
+    for probabilities in (soft, 1e-4 * soft, soft.half().float(), torch.eye(classes)[torch.arange(64) % classes]):
+        with pytest.raises(ModelError, match="returns probabilities"):
+            refuse_probabilities(probabilities)
+    refuse_probabilities(soft[:1])

@@ -66,7 +66,7 @@ def export_onnx(
         raise UsageError(f"metadata: expected keys other than {', '.join(_OWN_KEYS)}, got {', '.join(taken)}")
     network, bits = integer_form(model)
     _check_finite(network)
-    with _quiet(), kept_table(), torch.no_grad():
+    with kept_table(), _quiet(), torch.no_grad():
         program = _traced(network, shape, len(classes))
         result = tidy(_translated(network, program, fold=bits == 32))
     if bits <= 8 and miscounts(result.graph):

@@ -72,7 +72,7 @@ def masking_panel(
     seed: int = 0,
     on_progress: Callable[[float, str], None] | None = None,
 ) -> MaskingRecord:
-    """Look for the signs of masked gradients. The images' order changes nothing: they are sorted by their pixels.
+    """Look for the signs of masked gradients. The images' order changes nothing: they are sorted by their 8-bit pixels.
 
     Args:
         target: the network; its file, if there is one, is asked by Square and for repeatability; its surrogates are

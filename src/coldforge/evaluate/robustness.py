@@ -159,7 +159,7 @@ def _refuse_probabilities(target: Target, some: Tensor) -> None:
             with torch.random.fork_rng(devices=[]), attacking(network), untouched(network):
                 refuse_probabilities(predict(network, some))
     if target.file is not None:
-        refuse_probabilities(target.file.logits(some))
+        refuse_probabilities(predict(target.file.logits, some))
 
 
 def _key(target: Target, some: Tensor, rest: list[object]) -> str:

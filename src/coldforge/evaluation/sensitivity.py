@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from coldforge.attacks import TILE, ThreatModel, parse_attack
 from coldforge.compress import ActivationQuantizer, QuantizedLayer, prune, quantize, refit
-from coldforge.compress.importance import Importance, by_weights
+from coldforge.compress.importance import Importance
 from coldforge.data import ImageSet
 from coldforge.errors import UsageError
 from coldforge.evaluate import WORST_CASE, Target, evaluate, paired_interval, summarize
@@ -67,7 +67,7 @@ def sensitivity(
     calibration: Tensor,
     ratios: Sequence[float] = (0.25, 0.5),
     bits: Sequence[int] = (4, 2),
-    importance: Importance | None = None,
+    importance: str | Importance = "l1",
     seed: int = 0,
     on_progress: Callable[[float, str], None] | None = None,
 ) -> list[Sensitivity]:
@@ -80,8 +80,8 @@ def sensitivity(
         calibration: training images ``(N, C, H, W)`` for the ranges of activations.
         ratios: parts of the channels to remove.
         bits: of the layer's weights and of its input; all others have 8.
-        importance: ranks the channels; default: by the L1 norm of their filters.
-        seed: of the attack.
+        importance: ranks the channels: a name as in recipes that needs no images, or a function.
+        seed: of the attack, and of a random ranking, which is that of a recipe for each layer.
         on_progress: called with the finished fraction and what was measured.
 
     Returns:
@@ -104,7 +104,7 @@ def sensitivity(
         ledger = evaluate(Target(model), data, attacks, threat_model, seed=seed, precision="fp32", transfer=False)
         return summarize(ledger, data.classes).clean_accuracy, ledger.survived(WORST_CASE)
 
-    ways = list(_ways(network, shape, calibration, ratios, bits, importance))
+    ways = list(_ways(network, shape, calibration, ratios, bits, importance, seed))
     clean, before = stands(network)
     rows = [Sensitivity("(none)", "", 0.0, 0.0, clean, float(before.double().mean()), 0.0, (0.0, 0.0))]
     for number, (layer, how, make) in enumerate(ways):
@@ -159,9 +159,9 @@ def scan(path: Path, request: ScanRequest, progress: Progress) -> list[Sensitivi
     return rows
 
 
-def _ranking(network: nn.Module, data: ImageSet, threat_model: ThreatModel, request: ScanRequest) -> Importance:
+def _ranking(network: nn.Module, data: ImageSet, threat_model: ThreatModel, request: ScanRequest) -> str | Importance:
     if not request.importance.startswith("taylor"):
-        return by_weights(network, request.importance, request.seed)
+        return request.importance
     attacked = threat_model if request.importance == "taylor-adversarial" else None
     return taylor_on(network, data.take(slice(0, PruneSpec().importance_n)), attacked, seed=request.seed)
 
@@ -172,16 +172,18 @@ def _ways(
     calibration: Tensor,
     ratios: Sequence[float],
     bits: Sequence[int],
-    importance: Importance | None = None,
+    importance: str | Importance = "l1",
+    seed: int = 0,
 ) -> Iterator[tuple[str, str, Callable[[], nn.Module]]]:
     """(layer, how, what makes the network)."""
-    fine = PruneSpec(ratio=0.5, round_to=1, min_width=1)
+    named, ranking = (importance, None) if isinstance(importance, str) else ("l1", importance)
+    fine = PruneSpec(ratio=0.5, round_to=1, min_width=1).model_copy(update={"importance": named})
     roots = [step[0] for step in prune(network, fine, image_shape=shape)[1].steps]
     names = [name for name, _ in network.named_modules() if name in roots]
     for layer in names:
         for ratio in ratios:
             spec = fine.model_copy(update={"ratio": ratio})
-            yield layer, f"prune {ratio:.0%}", partial(_narrower, network, shape, layer, spec, importance)
+            yield layer, f"prune {ratio:.0%}", partial(_narrower, network, shape, layer, spec, ranking, seed)
     eight = quantize(network, QuantizeSpec(), calibration)
     for layer, module in eight.named_modules():
         if isinstance(module, QuantizedLayer) and module.weight.requires_grad:
@@ -190,9 +192,9 @@ def _ways(
 
 
 def _narrower(
-    network: nn.Module, shape: Sequence[int], layer: str, spec: PruneSpec, importance: Importance | None
+    network: nn.Module, shape: Sequence[int], layer: str, spec: PruneSpec, ranking: Importance | None, seed: int
 ) -> nn.Module:
-    return prune(network, spec, image_shape=shape, importance=importance, only=[layer])[0]
+    return prune(network, spec, image_shape=shape, seed=seed, importance=ranking, only=[layer])[0]
 
 
 def _coarser(network: nn.Module, calibration: Tensor, layer: str, bits: int) -> nn.Module:

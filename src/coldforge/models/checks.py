@@ -11,6 +11,8 @@ from coldforge.errors import ModelError
 from coldforge.models.normalize import Normalize
 
 _PROBABILITIES = "the network returns probabilities; expected logits; remove the softmax"
+_MOVES = 3.0
+"""Probabilities move by more than so many times what rounding moves their sum."""
 
 
 def check_classifier(model: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> None:
@@ -55,7 +57,8 @@ def check_classifier(model: nn.Module, image_shape: tuple[int, int, int], num_cl
 
 def refuse_probabilities(logits: Tensor) -> None:
     """Look at the answers ``(N, K)`` to real images, float, finite or not: after a softmax margins shrink and gradients
-    vanish, so that attacks lose their way. Scaled probabilities, and those of 8 bits, are told by their constant sum.
+    vanish, so that attacks lose their way. Probabilities, scaled or of 8 bits, votes and one-hot answers are told by
+    their sum, which stays where they move.
 
     Raises:
         ModelError: they are probabilities.
@@ -63,8 +66,9 @@ def refuse_probabilities(logits: Tensor) -> None:
     in_8_bits = _in_8_bits(logits)
     sums = (logits if in_8_bits else logits - logits.min()).sum(1)  # beside a large offset all sums are alike
     missed = sum_tolerance(logits.shape[1]) if in_8_bits else 1e-3
-    constant = bool((sums - sums.mean()).abs().max() <= missed * sums.mean())
-    if bool((logits >= 0).all()) and constant and not bool((logits == logits[0]).all()):
+    off = float((sums - sums.mean()).abs().max())
+    moves = float((logits - logits[0]).abs().max())  # a dead network's sum stays because nothing moves
+    if bool((logits >= 0).all()) and off <= missed * float(sums.mean()) and moves > _MOVES * off:
         raise ModelError(_PROBABILITIES)
 
 

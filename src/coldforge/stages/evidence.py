@@ -31,7 +31,7 @@ _SEARCH = 3
 """Raised when attacks of the same settings find other points."""
 _PANEL_PASSES = 1500
 """Forward passes that the masking panel takes for an image, roughly."""
-_PANEL_VERSION = 3
+_PANEL_VERSION = 4
 """Raise it when the panel may judge otherwise: its entries in the store are then not found any more, all others are."""
 
 
