@@ -76,6 +76,7 @@ def test_the_table_judges_goals(half: int, met: str, tmp_path: Path) -> None:
     assert f"| {QUARTER} | {REFERENCE} | ≥ −4 | -10.0 [" in shown
     assert "| 1 | no |  |" in shown
     assert "| half, 4 bits, 3 epochs | half, 8 bits, 3 epochs | ≥ −0.5 | not computed yet |" in shown
+    assert f"| half, 8 bits, 5 epochs | {REFERENCE} |  | not computed yet |" in shown, "compared without a goal"
     assert "5.0 % of the reference's multiply-adds (goal: at most 10 %)" in shown
     assert table(tmp_path / "nothing") == "*Not computed yet.*"
 
@@ -164,6 +165,14 @@ def test_goals_and_the_sweep_have_the_same_rows(data: str, monkeypatch: pytest.M
             assert trained.epochs == int(told[1])
 
 
+def test_a_comparison_without_a_goal_is_neither_met_nor_missed() -> None:
+    stands = [True] * 70 + [False] * 30
+    more = {"n": 100, "stands": to_hex(torch.tensor(stands))}
+    rows = {name: [found(name, stands, lite=more)] for name in ("ours", "theirs")}
+    same = "+0.0 [-2.7, +2.7]"
+    assert _goal_line(rows, recipe_results.Goal("ours", "theirs")) == f"| ours | theirs |  | {same} | 1 |  | {same} |"
+
+
 def test_a_floor_is_reached_by_both_accuracies() -> None:
     floor = recipe_results.Floor("net", robust=43.0, clean=77.0)
     rows = {"net": [found("net", [True] * 44 + [False] * 56, clean_accuracy=0.78)]}
@@ -178,8 +187,8 @@ def test_a_floor_is_reached_by_both_accuracies() -> None:
     assert "| not computed yet |" in _goal_line({}, floor)
 
 
-def _goal_line(rows: dict[str, list[Found]], floor: recipe_results.Floor) -> str:
-    *_, line = recipe_results._verdicts(rows, [floor])
+def _goal_line(rows: dict[str, list[Found]], goal: recipe_results.Goal | recipe_results.Floor) -> str:
+    *_, line = recipe_results._verdicts(rows, [goal])
     return line
 
 
