@@ -275,9 +275,24 @@ def limits(record: Contents) -> str:
     return f"{markdown([*header, 'plain loop / at the peak'], rows, 2)}\n\n{where(record)}."
 
 
+def training_watch(record: Contents) -> str:
+    """What the guard of a training sees of a finished network."""
+    pgd, asked = record["attack"], record["asked"]
+    header = ["network", "clean %", f"under {pgd} %", f"{asked} breaks of these, points", "misleads"]
+    rows = []
+    for row in record["rows"]:
+        accuracies = (f"{100 * row[name]:.1f}" for name in ("clean_accuracy", "robust_accuracy", "beyond_gradients"))
+        rows.append([row["network"], *accuracies, "yes" if row["misleads"] else "no"])
+    times = statistics.median(row["times_pgd_alone"] for row in record["rows"])
+    seconds = statistics.median(row["seconds"] for row in record["rows"])
+    said = f"A look takes {times:.2f} times as long as {pgd} alone, {seconds:.0f} s (medians of the networks)."
+    return f"{markdown(header, rows)}\n\n{said}"
+
+
 TABLES: dict[str, Callable[[Contents], str]] = {
     "training_speed": training_speed,
     "training_cost": training_cost,
+    "training_watch": training_watch,
     "quantization_overhead": quantization_overhead,
     "latency": latency,
     "latency_details": latency_details,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ import tables
 import torch
 import training_cost
 import training_speed
+import training_watch
 import turns
 from networks import SHAPES, untrained
 from recipe_results import REFERENCE
@@ -174,6 +176,26 @@ def test_training_cost_times_each_part_of_what_a_recipe_trains(monkeypatch: pyte
     assert run["seconds"] == sum(part["steps"] * part["seconds_a_step"][0] for part in run["rows"])
     assert run["share_of_seconds"] == run["seconds"] / run["reference_seconds"]
     assert f"| {row} |" in tables.training_cost(record.content)
+
+
+def test_the_watch_of_a_training_is_tried_on_networks_that_are_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = training_watch.networks()
+    assert set(training_watch.SUSPECT) < set(found)
+    assert REFERENCE in found
+    assert all((folder / "model.safetensors").is_file() for folder in found.values())
+    label = "quarter, 4 bits, 5 epochs, distilled"
+    few = load_data(DataSpec(source="fashion-mnist-mini"))
+    monkeypatch.setattr(training_watch, "load_data", lambda spec: few)
+    monkeypatch.setattr(training_watch, "networks", lambda: {label: found[label]})
+    out = tmp_path / "training_watch.json"
+    monkeypatch.setattr("sys.argv", ["training_watch.py", "--n", "60", "--out", str(out)])
+    training_watch.main()
+    table = tables.training_watch(json.loads(out.read_text(encoding="utf-8")))
+    assert table in capsys.readouterr().out
+    assert f"| {label} |" in table
+    assert "| yes |" in table  # in so few images already
 
 
 def test_training_speed_says_where_cifar10_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from coldforge.spec import seed_of
 from coldforge.train import retry
 from coldforge.train.batchnorm import whole_batch
 from coldforge.train.checkpoint import Shelf, TrainState
-from coldforge.train.guard import Collapse, NotFinite, monitor, refuse_collapse
+from coldforge.train.guard import Collapse, NotFinite, misled, monitor, refuse_collapse
 from coldforge.train.muon import macs_of_a_step
 from coldforge.train.objective import Objective, Teacher, check_inner
 from coldforge.train.optimizer import filter_norms, follow, make_fabric, make_optimizer, quantizer_steps, turned
@@ -119,12 +119,24 @@ def train(
             f"batch_size: expected at least one image for each of {world.size} processes, got a batch of "
             f"{min(spec.batch_size, len(data.train))}"
         )
-    shelf = Shelf(folder)
+    shelf, say = Shelf(folder), on_note or (lambda note: None)
     state = shelf.last() or TrainState()
     while True:
         state = world.from_first(state)
         attempt = _Attempt(
-            model, data, spec, threat_model, seed, precision, compiled, teacher, shelf, state, on_progress, world
+            model,
+            data,
+            spec,
+            threat_model,
+            seed,
+            precision,
+            compiled,
+            teacher,
+            shelf,
+            state,
+            on_progress,
+            say,
+            world,
         )
         try:
             with fused(compiled != "off" and attempt.quantized):
@@ -144,8 +156,7 @@ def train(
             note = f"training with {before} collapsed ({collapse}); {back} with {now}"
             state = replace(again, notes=(*state.notes, note))
             shelf.put(state)
-            if on_note:
-                on_note(note)
+            say(note)
 
 
 class _Attempt:
@@ -164,12 +175,13 @@ class _Attempt:
         shelf: Shelf,
         state: TrainState,
         on_progress: Callable[[float, str], None] | None,
+        say: Callable[[str], None],
         world: World,
     ) -> None:
         self._data, self._threat_model, self._seed = data, threat_model, seed
         spec = self._spec = retry.changed(spec, state)
         self._radius = spec.rel_eps * threat_model.eps
-        self._shelf, self._state, self._report, self._world = shelf, state, on_progress, world
+        self._shelf, self._state, self._report, self._say, self._world = shelf, state, on_progress, say, world
         self._before, self._started = state.seconds, time.monotonic()
         self.macs = state.macs
         self._per_epoch = steps_per_epoch(len(data.train), spec.batch_size)
@@ -324,29 +336,30 @@ class _Attempt:
         if not all(bool(parameter.isfinite().all()) for parameter in network.parameters()):
             raise NotFinite(f"the weights are not finite after step {step}")
         robust = self._objective.robust
-        clean, under_attack = monitor(network, watched, self._threat_model, robust=robust)
+        found = monitor(network, watched, self._threat_model, robust=robust)
         point = CurvePoint(
             epoch=step // self._per_epoch,
             loss=loss,
             lr=self._lr(step - 1),
             eps=self._eps(step - 1) if robust else 0.0,
-            clean_accuracy=clean,
-            robust_accuracy=under_attack,
+            **asdict(found),
         )
-        candidates = {"": (under_attack if robust else clean, network.state_dict())}
+        candidates = {"": (found.score, network.state_dict())}
         if self._averaged is not None:
             mean = copy.deepcopy(network)
             mean.load_state_dict(self._averaged.state)
             found = monitor(mean, watched, self._threat_model, robust=robust)
-            named = {"averaged_clean_accuracy": found[0], "averaged_robust_accuracy": found[1]}
-            point = point.model_copy(update=named)
-            candidates[", averaged"] = (found[1] if robust else found[0], self._averaged.state)
+            point = point.model_copy(update={f"averaged_{name}": value for name, value in asdict(found).items()})
+            candidates[", averaged"] = (found.score, self._averaged.state)
         curve = [*state.curve, point]
         asleep = refuse_collapse(network, watched, curve, self._inner, spec)
         which = max(candidates, key=lambda name: candidates[name][0])
         score, weights = candidates[which]
         at_full_bits = self._bits(step - 1) == self._bits(self._total - 1)
         state = replace(state, curve=tuple(curve))
+        if note := misled(curve):
+            self._say(note)
+            state = replace(state, notes=(*state.notes, note))
         if spec.keep == "last" or (at_full_bits and (not state.best or score >= state.score)):
             state = replace(state, best=copies(weights), score=score, chosen=f"epoch {point.epoch}{which}")
         return self._at(state, step, 0.0), asleep
