@@ -11,9 +11,6 @@ from coldforge.errors import ModelError
 from coldforge.models.normalize import Normalize
 
 _PROBABILITIES = "the network returns probabilities; expected logits; remove the softmax"
-_SIGMOIDS = "the network returns values that a sigmoid squeezed into [0, 1]; expected logits; remove the sigmoid"
-_SIGMOID_IMAGES = 32
-"""So many answers that fill [0, 1] and never leave it are no chance."""
 _MOVES = 3.0
 """Probabilities move by more than so many times what rounding moves their sum."""
 
@@ -61,7 +58,7 @@ def check_classifier(model: nn.Module, image_shape: tuple[int, int, int], num_cl
 def refuse_probabilities(logits: Tensor) -> None:
     """Look at the answers ``(N, K)`` to real images, float, finite or not: after a softmax margins shrink and gradients
     vanish, so that attacks lose their way. Probabilities, scaled or of 8 bits, votes and one-hot answers are told by
-    their sum, which stays where they move; sigmoids, one for each class, by filling [0, 1] and never leaving it.
+    their sum, which stays where they move.
 
     Raises:
         ModelError: they are probabilities.
@@ -73,9 +70,6 @@ def refuse_probabilities(logits: Tensor) -> None:
     moves = float((logits - logits[0]).abs().max())  # a dead network's sum stays because nothing moves
     if bool((logits >= 0).all()) and off <= missed * float(sums.mean()) and moves > _MOVES * off:
         raise ModelError(_PROBABILITIES)
-    low, high = float(logits.min()), float(logits.max())
-    if len(logits) >= _SIGMOID_IMAGES and moves > 0.5 and 0 <= low < 0.1 and 0.9 < high <= 1:
-        raise ModelError(_SIGMOIDS)
 
 
 def _in_8_bits(logits: Tensor) -> bool:
