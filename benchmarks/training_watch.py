@@ -57,7 +57,7 @@ def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=MONITOR_IMAGES, help="validation images")
-    parser.add_argument("--turns", type=int, default=1, help="of timing, after the look itself")
+    parser.add_argument("--turns", type=int, default=3, help="of timing, after the look itself")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "training_watch.json")
     arguments = parser.parse_args()
@@ -76,6 +76,7 @@ def main() -> None:
         rows.append(
             {
                 "network": label,
+                "panel": "suspect" if label in SUSPECT else "ok",
                 "clean_accuracy": found.clean_accuracy,
                 "robust_accuracy": found.robust_accuracy,
                 "beyond_gradients": found.beyond_gradients,

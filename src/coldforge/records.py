@@ -115,7 +115,7 @@ class CurvePoint(RecordModel):
     """The same of the averaged weights; -1 where there are none."""
     averaged_robust_accuracy: float = -1.0
     beyond_gradients: float = -1.0
-    """Of the first validation images (250): what the monitor attack leaves and a short Square, which uses no gradients,
+    """Of the first validation images, what the monitor attack leaves and a short Square, which needs no gradients,
     breaks; -1 where it was not run. Much of it: gradients mislead."""
     averaged_beyond_gradients: float = -1.0
 

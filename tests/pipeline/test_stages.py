@@ -183,6 +183,8 @@ def test_what_changed_for_some_trainings_changes_their_keys_only(recipe, stages_
         ({}, []),
         ({"finetune.optimizer": "muon"}, ["fine-tune: natural", "fine-tune: adversarial"]),
         ({"finetune.awp": 0.01}, ["fine-tune: adversarial", "control: train the small network from scratch"]),
+        ({"finetune.ema": 0.9}, ["fine-tune: adversarial", "control: train the small network from scratch"]),
+        ({"reference.keep": "best"}, ["reference: train adversarially"]),
     ):
         now = stages_of(recipe(settings | changes), network="zoo:cnn8")
         with monkeypatch.context() as before:

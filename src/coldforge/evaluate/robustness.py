@@ -40,6 +40,7 @@ def evaluate(
     precision: Precision = "exact",
     transfer: bool = True,
     budget_s: float = 0.0,
+    refuse: bool = True,
     checkpoint: Path | None = None,
     on_progress: Callable[[float, str], None] | None = None,
 ) -> Ledger:
@@ -62,6 +63,7 @@ def evaluate(
         transfer: also try the images that fool the float twin and the surrogates.
         budget_s: stop attacking after so many seconds; 0: never. What was not finished counts as standing, and
             ``Ledger.unfinished`` says how much that is.
+        refuse: refuse probabilities; False: whatever the network answers, its answers are taken for logits.
         checkpoint: a file in which an evaluation that was killed finds what it knew; the caller deletes it.
         on_progress: called with the finished fraction and the name of the attack.
 
@@ -70,7 +72,7 @@ def evaluate(
 
     Raises:
         AttackError: no images, or an attack that this target or threat model does not allow.
-        ModelError: the network, the file or a surrogate returns probabilities.
+        ModelError: the network, the file or a surrogate returns probabilities, and ``refuse`` is set.
     """
     if len(data) == 0:
         raise AttackError("expected test images, got none")
@@ -78,7 +80,8 @@ def evaluate(
     images, labels = data.pixels(), data.labels
     count = min(n, len(data)) if n else len(data)
     some, names = _some(images), names_of(images[:count])
-    _refuse_probabilities(target, some)
+    if refuse:
+        _refuse_probabilities(target, some)
     ledger = Ledger(labels, target.answers(images), seed=seed)
     tries = _plan(Ways(target, some, precision), attacks, threat_model, transfer)
     key = "" if checkpoint is None else _key(target, some, [data.fingerprint, ledger.answers, count, seed, precision])

@@ -33,6 +33,7 @@ of the store are then not found any more."""
 _CHANGED: dict[str, Callable[[TrainSpec], object]] = {
     "muon turns linear layers, too": lambda spec: spec.optimizer == "muon",
     "BatchNorm does not count perturbed weights": lambda spec: spec.awp,
+    "Square is asked, too": lambda spec: spec.objective != "natural" and (spec.keep == "best" or spec.ema),
 }
 """What has changed for some trainings only; what others left in a store is still found."""
 

@@ -18,10 +18,11 @@ MONITOR_IMAGES = 1000
 MONITOR_ATTACK = "pgd-10"
 ASKED_IMAGES = 250
 ASKED_ATTACK = "square-30"
-"""A short search without gradients, for a sign that they mislead."""
-MISLED = 0.025
-"""What it may break beyond the monitor attack. Measured (docs/evidence.md): at most 0.8 points of honest networks, 4.0
-of one whose gradients mislead."""
+"""A short search without gradients, for a sign that they mislead. Smaller validation parts are not asked: there, single
+images would decide."""
+HONEST, MISLED = 0.01, 0.025
+"""What it may break beyond the monitor attack: more than the first is taken off an epoch's score, more than the second
+is said. Of the finished networks of docs/evidence.md, those that the masking panel calls ok lose 0.008 at most."""
 WEAK_STEPS = 3
 """Inner attacks of at most so many steps are watched for catastrophic overfitting."""
 
@@ -50,42 +51,57 @@ class Watched:
     robust_accuracy: float = -1.0
     """Under PGD at full eps; -1 where it was not run."""
     beyond_gradients: float = -1.0
-    """Of the first few images: what PGD leaves and a short Square breaks; -1 where it was not run."""
+    """Of the first :data:`ASKED_IMAGES`: what PGD leaves and a short Square breaks; -1 where it was not run."""
 
     @property
     def score(self) -> float:
-        """By which epochs are chosen: what stands under both."""
+        """By which epochs are chosen: accuracy under PGD, without what Square breaks beyond an honest measure of it."""
         clean, robust = self.clean_accuracy, self.robust_accuracy
-        return clean if robust < 0 else robust - max(self.beyond_gradients, 0.0)
+        return clean if robust < 0 else robust - max(self.beyond_gradients - HONEST, 0.0)
 
 
 def monitor(network: nn.Module, validation: ImageSet, threat_model: ThreatModel, *, robust: bool) -> Watched:
-    """Accuracy on the validation part, in fp32: clean, and, where ``robust``, under attack at full eps."""
+    """Accuracy on the validation part, in fp32: clean, and, where ``robust``, under attack at full eps.
+
+    Whatever the network answers it is watched: one that returns probabilities was refused before its training.
+    """
     watched, target = validation.take(slice(0, MONITOR_IMAGES)), Target(network)
     attacks = [parse_attack(MONITOR_ATTACK)] if robust else []
-    ledger = evaluate(target, watched, attacks, threat_model, transfer=False)
+    ledger = evaluate(target, watched, attacks, threat_model, transfer=False, refuse=False)
     result = summarize(ledger, watched.classes)
     if not robust:
         return Watched(result.clean_accuracy)
-    few = min(ASKED_IMAGES, len(watched))
-    standing = ledger.survived(MONITOR_ATTACK)[:few].nonzero()[:, 0]
+    under_pgd = result.robust_accuracy[MONITOR_ATTACK]
+    if len(watched) < ASKED_IMAGES:
+        return Watched(result.clean_accuracy, under_pgd)
+    left = ledger.survived(MONITOR_ATTACK)[:ASKED_IMAGES].nonzero()[:, 0]
     broken = 0
-    if len(standing):
-        left = watched.take(standing)
-        asked = evaluate(target, left, [parse_attack(ASKED_ATTACK)], threat_model, transfer=False)
-        broken = len(left) - int(asked.survived(ASKED_ATTACK).sum())
-    return Watched(result.clean_accuracy, result.robust_accuracy[MONITOR_ATTACK], broken / few)
+    if len(left):
+        square = [parse_attack(ASKED_ATTACK)]
+        asked = evaluate(target, watched.take(left), square, threat_model, transfer=False, refuse=False)
+        broken = int((asked.right & ~asked.survived(ASKED_ATTACK)).sum())
+    return Watched(result.clean_accuracy, under_pgd, broken / ASKED_IMAGES)
 
 
-def misled(curve: Sequence[CurvePoint]) -> str:
-    """What is to be said after an epoch whose gradients mislead, the first of a curve; else empty."""
-    broken = [max(point.beyond_gradients, point.averaged_beyond_gradients) for point in curve]
-    if broken[-1] <= MISLED or max(broken[:-1], default=0.0) > MISLED:
-        return ""
+def first_misled(curve: Sequence[CurvePoint]) -> str:
+    """What a person must know after the last epoch of ``curve``, if it is the first whose gradients mislead."""
+    beyond = [max(point.beyond_gradients, point.averaged_beyond_gradients) for point in curve]
+    new = max(beyond[:-1], default=0.0) <= MISLED < beyond[-1]
+    return f"after epoch {curve[-1].epoch} {_misleads(beyond[-1])}" if new else ""
+
+
+def kept_misled(curve: Sequence[CurvePoint], chosen: str) -> str:
+    """What the record must say of the weights that are kept, "epoch 3" or "epoch 3, averaged"; empty: nothing."""
+    beyond = {f"epoch {point.epoch}": point.beyond_gradients for point in curve}
+    beyond |= {f"epoch {point.epoch}, averaged": point.averaged_beyond_gradients for point in curve}
+    return f"in the network of {chosen} {_misleads(beyond[chosen])}" if beyond[chosen] > MISLED else ""
+
+
+def _misleads(beyond: float) -> str:
     return (
-        f"gradients mislead after epoch {curve[-1].epoch}: {ASKED_ATTACK}, which uses none, broke {broken[-1]:.1%} of "
-        f"validation images that {MONITOR_ATTACK} had left. The network is less robust than attacks by gradients say: "
-        "believe autoattack and the masking panel, and try optimizer sgd, a lower lr or fewer epochs"
+        f"gradients mislead: {ASKED_ATTACK}, which uses none, broke {beyond:.1%} of {ASKED_IMAGES} validation images, "
+        f"all of which {MONITOR_ATTACK} had left. It is less robust than attacks by gradients say; believe autoattack "
+        "and the masking panel"
     )
 
 

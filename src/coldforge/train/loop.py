@@ -37,7 +37,7 @@ from coldforge.spec import seed_of
 from coldforge.train import retry
 from coldforge.train.batchnorm import whole_batch
 from coldforge.train.checkpoint import Shelf, TrainState
-from coldforge.train.guard import Collapse, NotFinite, misled, monitor, refuse_collapse
+from coldforge.train.guard import Collapse, NotFinite, first_misled, kept_misled, monitor, refuse_collapse
 from coldforge.train.muon import macs_of_a_step
 from coldforge.train.objective import Objective, Teacher, check_inner
 from coldforge.train.optimizer import filter_norms, follow, make_fabric, make_optimizer, quantizer_steps, turned
@@ -231,7 +231,8 @@ class _Attempt:
             state = self._run()
         self._network.load_state_dict(state.best)
         which = {"best": "the best"}.get(self._spec.keep, "the better of weights and average" if self._spec.ema else "")
-        notes = (*state.notes, f"kept {state.chosen}, {which} on the validation part") if which else state.notes
+        kept = f"kept {state.chosen}, {which} on the validation part" if which else ""
+        notes = (*state.notes, *filter(None, (kept, kept_misled(state.curve, state.chosen))))
         return TrainResult(copy.deepcopy(self._network).eval(), state.curve, self.seconds, self.macs, notes)
 
     def _run(self) -> TrainState:
@@ -357,9 +358,8 @@ class _Attempt:
         score, weights = candidates[which]
         at_full_bits = self._bits(step - 1) == self._bits(self._total - 1)
         state = replace(state, curve=tuple(curve))
-        if note := misled(curve):
+        if note := first_misled(curve):
             self._say(note)
-            state = replace(state, notes=(*state.notes, note))
         if spec.keep == "last" or (at_full_bits and (not state.best or score >= state.score)):
             state = replace(state, best=copies(weights), score=score, chosen=f"epoch {point.epoch}{which}")
         return self._at(state, step, 0.0), asleep
