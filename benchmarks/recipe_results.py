@@ -39,8 +39,10 @@ import torch
 from attacks_parity import difference as paired
 from attacks_parity import from_hex, to_hex
 from paper_claims import student_t95
+from rich.console import Console
 
 from coldforge.attacks import parse_attack
+from coldforge.console import RichProgress
 from coldforge.evaluate import WORST_CASE
 from coldforge.evaluation.job import evaluate_path
 from coldforge.evaluation.request import Request
@@ -191,7 +193,8 @@ def attack(network: Network, out: Path, *, n: int, threads: int) -> Found:
     """Attack the file; write what was found, and return it. ``out`` is for what an interrupted attack leaves."""
     request = Request(attack=(ATTACK,), n=n, threads=threads, seed=network.seed)
     command = " ".join(["coldforge evaluate", network.name, *request.words()])
-    evaluation = evaluate_path(network.folder, request, out=out, command=command)
+    with RichProgress(Console(stderr=True)) as progress:
+        evaluation = evaluate_path(network.folder, request, out=out, progress=progress, command=command)
     found = _found(network, evaluation, _stands(out, n))
     old = _kept_of(network)
     if old.get("sha256") == found["sha256"]:
@@ -229,7 +232,8 @@ def attack_also(network: Network, what: str, out: Path, *, threads: int) -> bool
     request = Request(
         attack=attacks, eps=ALSO[what]["eps"], n=ALSO[what]["n"], threads=threads, seed=network.seed, no_masking=True
     )
-    evaluation = evaluate_path(network.folder, request, out=out)
+    with RichProgress(Console(stderr=True)) as progress:
+        evaluation = evaluate_path(network.folder, request, out=out, progress=progress)
     _write(network, found | {what: {"asked": asked} | _also(evaluation, _stands(out, evaluation.attacked.n))})
     return True
 

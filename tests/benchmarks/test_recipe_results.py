@@ -220,7 +220,9 @@ row = [{ label = "half, 8 bits, 3 epochs", "prune.ratio" = 0.5 }]
 """
 
 
-def test_a_trial_becomes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_becomes_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from coldforge.cli import main
 
     monkeypatch.setenv("COLDFORGE_HOME", str(tmp_path / "home"))
@@ -255,6 +257,7 @@ def test_a_trial_becomes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("sys.argv", words)  # without the sweep, which another machine has
     recipe_results.main()
     assert asked == [("square-5",), ("fgsm", "pgd-20-paper"), ("square-3",)]
+    assert len(re.findall(r"attack: done in", capsys.readouterr().err)) == len(asked), "hours are not silent"
     asked.clear()
     (row,) = recipe_results.load(tmp_path / "results")
     stands = recipe_results.from_hex(row["stands"], row["n"])
