@@ -46,9 +46,15 @@ class Structure(Spec):
     last_input_at_edge: bool = added(False)
     """What the last layer reads has ``quantization.edge_bits``, too; False in checkpoints from before that was so."""
 
+    odd_codes: bool = added(False)
+    """Weights of 2 bits have the codes -3, -1, 1 and 3; False in checkpoints from before that was so, which are
+    ternary whatever ``quantization`` says."""
+
     def rounded(self, spec: QuantizeSpec) -> Structure:
         """The description after :func:`coldforge.compress.quantize` with that spec."""
-        changes = {"quantization": spec, "last_input_at_edge": True} if spec.enabled else {"quantization": None}
+        if not spec.enabled:
+            return self.model_copy(update={"quantization": None})
+        changes = {"quantization": spec, "last_input_at_edge": True, "odd_codes": spec.has_odd_codes}
         return self.model_copy(update=changes)
 
 
@@ -69,7 +75,7 @@ def build(structure: Structure, source: ModelSource | None = None, *, seed: int 
         # the weights to come bring their own steps: no search for good ones
         network = insert_quantizers(
             network,
-            structure.quantization.model_copy(update={"calibration": "minmax"}),
+            structure.quantization.model_copy(update={"calibration": "minmax", "ternary": not structure.odd_codes}),
             last_input_at_edge=structure.last_input_at_edge,
         )
     return network.eval()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coldforge.compress.kernels import dense, gradients, is_fused, round_to_grid, takes
+from coldforge.compress.lowbits import binarize, odd_codes, round_to_odd
 from coldforge.errors import ModelError
 
 Backward = Literal["pass_through", "clipped", "unrounded"]
@@ -120,24 +121,6 @@ class _FusedFakeQuantize(torch.autograd.Function):
         return grad_x, grad_step, None
 
 
-class _Binarize(torch.autograd.Function):
-    """``step * sign(x)``, 1 where x is 0. The gradient passes straight through to x, and to the step as in LSQ."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, grad_scale: float) -> Tensor:
-        codes = torch.where(x < 0, -1.0, 1.0).to(x.dtype)
-        ctx.grad_scale = grad_scale
-        ctx.save_for_backward(codes, step)
-        return codes * step.to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        codes, step = ctx.saved_tensors
-        total = (codes * grad).flatten(1).sum(1).float() * ctx.grad_scale
-        return grad, total.view_as(step), None
-
-
 class _RoundBias(torch.autograd.Function):
     """``grid * round(bias / grid)``; the gradient passes straight through to the bias."""
 
@@ -148,18 +131,6 @@ class _RoundBias(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return grads[0], None
-
-
-def binarize(x: Tensor, step: Tensor, *, grad_scale: float = 1.0) -> Tensor:
-    """``step * sign(x)``: weights of one bit (Rastegari et al., *XNOR-Net*, ECCV 2016; here the step is learned).
-
-    Args:
-        x: weights, ``(C, ...)``.
-        step: one for each row of x, broadcastable to it, positive.
-        grad_scale: factor of the gradient of ``step``.
-    """
-    result: Tensor = _Binarize.apply(x, step, grad_scale)  # type: ignore[no-untyped-call]
-    return result
 
 
 def fake_quantize(
@@ -280,9 +251,17 @@ class QuantizedLayer(nn.Module):
     the bias (int32 in the accumulator's units, as integer kernels add it).
     """
 
-    def __init__(self, source: nn.Conv2d | nn.Linear, bits: int, input_quantizer: ActivationQuantizer) -> None:
+    def __init__(
+        self,
+        source: nn.Conv2d | nn.Linear,
+        bits: int,
+        input_quantizer: ActivationQuantizer,
+        *,
+        ternary: bool = False,
+    ) -> None:
         super().__init__()
         self.bits = self.final_bits = bits  # more than final_bits while bits are lowered step by step
+        self.ternary = ternary  # two bits have the codes -1, 0 and 1 only
         self.weight = nn.Parameter(source.weight.detach().clone(), requires_grad=source.weight.requires_grad)
         bias = torch.zeros(len(self.weight)) if source.bias is None else source.bias.detach().clone()
         self.bias = nn.Parameter(bias, requires_grad=source.bias is not None)
@@ -297,9 +276,14 @@ class QuantizedLayer(nn.Module):
         """Added to the rounded weight, for training under weight perturbation."""
 
     @property
+    def has_odd_codes(self) -> bool:
+        """Whether the codes are -3, -1, 1 and 3: two bits that are not ternary."""
+        return self.bits == 2 and not self.ternary
+
+    @property
     def qmax(self) -> int:
-        """Largest code; the smallest is its negative. One bit has the codes -1 and 1, two bits also 0 (ternary)."""
-        return max((1 << self.bits - 1) - 1, 1)
+        """Largest code; the smallest is its negative. One bit has the codes -1 and 1, ternary weights also 0."""
+        return 3 if self.has_odd_codes else max((1 << self.bits - 1) - 1, 1)
 
     @property
     def input_quantizer(self) -> ActivationQuantizer:
@@ -315,6 +299,8 @@ class QuantizedLayer(nn.Module):
         grad_scale = (self.weight.numel() // len(self.weight) * self.qmax) ** -0.5
         if self.bits == 1:
             return binarize(self.weight, step.clamp_min(SMALLEST_STEP), grad_scale=grad_scale)
+        if self.has_odd_codes:
+            return round_to_odd(self.weight, step.clamp_min(SMALLEST_STEP), grad_scale=grad_scale)
         return fake_quantize(self.weight, step, qmin=-self.qmax, qmax=self.qmax, grad_scale=grad_scale)
 
     def accumulator_step(self) -> Tensor:
@@ -329,10 +315,14 @@ class QuantizedLayer(nn.Module):
 
     def weight_codes(self) -> Tensor:
         """Integer weights, int32, of the weight's shape."""
-        if self.bits == 1:
-            return torch.where(self.weight.detach() < 0, -1, 1).to(torch.int32)
         step = self._column(self.weight_step.detach().clamp_min(SMALLEST_STEP))
-        return torch.round(self.weight.detach() / step).clamp_(-self.qmax, self.qmax).to(torch.int32)
+        return self.nearest_codes(self.weight.detach() / step).to(torch.int32)
+
+    def nearest_codes(self, scaled: Tensor) -> Tensor:
+        """Codes of weights in units of their steps; any shape, floating point."""
+        if self.bits == 1:
+            return torch.where(scaled < 0, -1.0, 1.0)
+        return odd_codes(scaled) if self.has_odd_codes else torch.round(scaled).clamp_(-self.qmax, self.qmax)
 
     def bias_codes(self) -> Tensor:
         """Integer biases in units of :meth:`accumulator_step`, int32, ``(C,)``."""

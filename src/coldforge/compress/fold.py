@@ -50,9 +50,11 @@ def _scaled(layer: nn.Module, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> nn.Modul
     if not isinstance(layer, QuantizedLayer):
         return None
     scale, step, bias = _affine(layer, norm)
-    if layer.bits == 1:  # 0 has the code 1, whatever its sign
-        old = layer.weight_step.view(-1, *[1] * (layer.weight.ndim - 1))
-        layer.weight.copy_(torch.where(layer.weight == 0, old, layer.weight))
+    old = layer.weight_step.clamp_min(SMALLEST_STEP).view(-1, *[1] * (layer.weight.ndim - 1))
+    scaled = layer.weight / old
+    codes = layer.nearest_codes(scaled)
+    borders = layer.nearest_codes(-scaled) != -codes  # such as 0 of one bit, whose code is 1 whatever its sign
+    layer.weight.copy_(torch.where(borders, codes * old, layer.weight))
     layer.weight.mul_(scale.view(-1, *[1] * (layer.weight.ndim - 1)))
     layer.weight_step.copy_(step)
     layer.bias.copy_(bias)

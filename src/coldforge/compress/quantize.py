@@ -170,9 +170,8 @@ def _replace_layers(network: fx.GraphModule, spec: QuantizeSpec, edges: Sequence
         if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
             raise TraceError(f"layer {name!r}: expected padding_mode 'zeros' to quantize, got {layer.padding_mode!r}")
         bits = max(spec.weight_bits, spec.edge_bits) if node in edges else spec.weight_bits
-        if not layer.weight.requires_grad:  # such as a shortcut of zeros and ones: of 1 bit it would have no zeros
-            bits = max(bits, 2)
-        replacement = QuantizedLayer(layer, bits, quantizer)
+        frozen = not layer.weight.requires_grad  # such as a shortcut of zeros and ones, which needs zeros
+        replacement = QuantizedLayer(layer, max(bits, 2 if frozen else 1), quantizer, ternary=spec.ternary or frozen)
         if not spec.learned_steps:
             replacement.weight_step.requires_grad_(False)
         _fit_weight_step(replacement, "minmax" if not layer.weight.requires_grad else spec.calibration)
@@ -190,13 +189,14 @@ def _fit_weight_step(layer: QuantizedLayer, method: str) -> None:
         layer.weight_step.copy_(rows.abs().mean(1).clamp_min(SMALLEST_STEP))
         return
     peak = rows.abs().amax(1)
-    peak = torch.where(peak > 0, peak, torch.ones_like(peak))
+    without = SMALLEST_STEP if layer.has_odd_codes else 1.0  # of zeros alone, which have no code if all are odd
+    peak = torch.where(peak > 0, peak, torch.full_like(peak, without))
     best = peak / layer.qmax
     if method == "mse":
         best_error = torch.full_like(peak, torch.inf)
         for part in torch.linspace(0.2, 1.0, _MSE_CANDIDATES):
             step = (peak * part / layer.qmax)[:, None]
-            error = ((rows / step).round_().clamp_(-layer.qmax, layer.qmax).mul_(step) - rows).square().sum(1)
+            error = (layer.nearest_codes(rows / step).mul_(step) - rows).square().sum(1)
             better = error < best_error
             best, best_error = torch.where(better, step[:, 0], best), torch.where(better, error, best_error)
     layer.weight_step.copy_(best)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from coldforge.recipe.training import ControlSpec, FinetuneSpec, HardenSpec, ReferenceSpec, TrainSpec
-from coldforge.spec import Number, Spec
+from coldforge.spec import Number, Spec, added
 
 
 class ThreatModelSpec(Spec):
@@ -117,7 +117,7 @@ class QuantizeSpec(Spec):
     """Quantization of weights (per channel, symmetric) and activations (per tensor)."""
 
     weight_bits: Annotated[Bits, BeforeValidator(_bits)] = 8
-    """Bits of the weights: 1 is -1 and 1, 2 also 0 (ternary); 32 for both turns quantization off."""
+    """Bits of the weights: 1 is -1 and 1, 2 is -3, -1, 1 and 3; 32 for both turns quantization off."""
     activation_bits: Annotated[Bits, BeforeValidator(_bits)] = 8
     """Bits of the activations."""
     edge_bits: Annotated[Bits, BeforeValidator(_bits)] = 8
@@ -128,11 +128,18 @@ class QuantizeSpec(Spec):
     """Training images seen by the calibration."""
     learned_steps: bool = True
     """Train the step sizes together with the weights (LSQ, Esser et al. 2020)."""
+    ternary: bool = added(False)
+    """Weights of 2 bits are -1, 0 and 1: zeros, but one value less."""
 
     @property
     def enabled(self) -> bool:
         """False where both weights and activations stay in floating point."""
         return (self.weight_bits, self.activation_bits) != (32, 32)
+
+    @property
+    def has_odd_codes(self) -> bool:
+        """Whether weights, those of the first and last layer included, have 2 bits and the codes -3, -1, 1 and 3."""
+        return 2 in (self.weight_bits, max(self.weight_bits, self.edge_bits)) and not self.ternary
 
     @property
     def fewest_bits(self) -> int:
