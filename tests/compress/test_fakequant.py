@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -18,6 +19,7 @@ from coldforge.compress.fakequant import (
     binarize,
     fake_quantize,
 )
+from coldforge.compress.lowbits import odd_codes, round_to_odd
 from coldforge.errors import ModelError
 
 BOTH = pytest.mark.parametrize("backward", ["clipped", "pass_through"])
@@ -33,9 +35,12 @@ def quantizer(bits: int = 8, low: float = 0.0, high: float = 1.0, **keys: bool) 
     return made
 
 
-def layer(source: nn.Module | None = None, bits: int = 4, *, step: float = 0.01) -> QuantizedLayer:
+def layer(
+    source: nn.Module | None = None, bits: int = 4, *, step: float = 0.01, ternary: bool = False
+) -> QuantizedLayer:
     torch.manual_seed(0)
-    made = QuantizedLayer(source or nn.Conv2d(3, 5, 3, padding=1), bits, quantizer(high=255 * step))  # type: ignore[arg-type]
+    source = source or nn.Conv2d(3, 5, 3, padding=1)
+    made = QuantizedLayer(source, bits, quantizer(high=255 * step), ternary=ternary)  # type: ignore[arg-type]
     with torch.no_grad():
         made.weight_step.copy_(made.weight.abs().flatten(1).amax(1) / made.qmax)
         made.bias.normal_()
@@ -145,25 +150,69 @@ def test_gradients_of_signs_are_those_of_lsq(shape: tuple[int, ...]) -> None:
     assert torch.equal(gradients[0][1], upstream)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4])
+def odd(x: Tensor, step: Tensor, grad_scale: float) -> Tensor:
+    """The nearest odd code by autograd: clipped straight-through to x, to the step that of LSQ."""
+    step = step * grad_scale + (step * (1 - grad_scale)).detach()
+    inside = (x / step).clamp(-4, 4)
+    codes = [min(max(2 * math.floor(number / 2) + 1, -3), 3) for number in (x / step).detach().flatten().tolist()]
+    return (inside + (torch.tensor(codes, dtype=x.dtype).view(x.shape) - inside).detach()) * step
+
+
+@given(exponent=st.integers(-12, 4), places=st.lists(st.floats(-9, 9, width=32), min_size=1, max_size=20))
+def test_two_bits_take_the_nearest_of_four_odd_codes(exponent: int, places: list[float]) -> None:
+    step = torch.tensor([2.0**exponent])
+    x = torch.tensor([places]) * step
+    found = round_to_odd(x, step)
+    assert set((found / step).flatten().tolist()) <= {-3.0, -1.0, 1.0, 3.0}
+    distances = torch.stack([(x - code * step).abs() for code in (-3, -1, 1, 3)])
+    assert torch.equal((x - found).abs(), distances.amin(0))
+    assert torch.equal(round_to_odd(found, step), found)
+    assert torch.equal(odd_codes(x / step) * step, found)
+
+
+def test_of_two_odd_codes_as_near_the_larger_is_taken() -> None:
+    assert odd_codes(torch.tensor([-4.0, -2.0, -0.0, 0.0, 2.0, 4.0])).tolist() == [-3, -1, 1, 1, 3, 3]
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (6, 3, 3, 3), (6, 1)], ids=["linear", "conv", "one weight"])
+def test_gradients_of_odd_codes_are_those_of_lsq(shape: tuple[int, ...]) -> None:
+    x = normal(*shape) * 3  # some inside, some outside
+    step = torch.linspace(0.3, 1.7, 6).view(-1, *[1] * (len(shape) - 1))
+    upstream = normal(*shape, seed=1)
+    gradients = []
+    for function in (lambda a, b: round_to_odd(a, b, grad_scale=0.05), lambda a, b: odd(a, b, 0.05)):
+        inputs = x.clone().requires_grad_(), step.clone().requires_grad_()
+        result = function(*inputs)
+        gradients.append([result.detach(), *torch.autograd.grad(result, inputs, upstream)])
+    for found, expected in zip(*gradients, strict=True):
+        assert found.shape == expected.shape
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert 0 < int((gradients[0][1] == 0).sum()) < x.numel()
+
+
+@pytest.mark.parametrize(("bits", "ternary"), [(1, False), (2, False), (2, True), (4, False)])
 @pytest.mark.parametrize(
     "source",
     [lambda: nn.Conv2d(4, 6, 3, groups=2), lambda: nn.Conv2d(4, 4, 3, groups=4), lambda: nn.Linear(9, 5)],
     ids=["grouped", "depthwise", "linear"],
 )
-def test_a_layer_learns_weights_and_steps_as_lsq_says(source: Callable[[], nn.Module], bits: int) -> None:
+def test_a_layer_learns_weights_and_steps_as_lsq_says(
+    source: Callable[[], nn.Module], bits: int, ternary: bool
+) -> None:
     """Section 2.2 of the paper: the gradient of a step is scaled by 1 / sqrt(weights of the step * largest code)."""
-    quantized = layer(source(), bits)
+    quantized = layer(source(), bits, ternary=ternary)
     with torch.no_grad():
         quantized.weight_step.mul_(torch.linspace(0.4, 1.2, len(quantized.weight)))  # so that some are clipped
     x = torch.rand(3, 4, 6, 6) if quantized.is_conv else torch.rand(3, 9)
     learned = quantized.weight, quantized.weight_step
     found = torch.autograd.grad(quantized(x).square().sum(), learned)
-    limit = {1: 1, 2: 1, 4: 7}[bits]
+    limit = {1: 1, 2: 1 if ternary else 3, 4: 7}[bits]
     scale = (quantized.weight[0].numel() * limit) ** -0.5
     column = quantized.weight_step.view(-1, *[1] * (quantized.weight.ndim - 1))
     if bits == 1:
         rounded = signs(quantized.weight, column, scale)
+    elif bits == 2 and not ternary:
+        rounded = odd(quantized.weight, column, scale)
     else:
         rounded = lsq(quantized.weight, column, 0, -limit, limit, scale, "clipped")
     bias = quantized.quantized_bias().detach()
@@ -303,7 +352,7 @@ def test_learned_step_finds_a_better_range(high: float) -> None:
 # --- layers ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8, 16])
+@pytest.mark.parametrize(("bits", "ternary"), [(1, False), (2, False), (2, True), *((n, False) for n in (3, 4, 8, 16))])
 @pytest.mark.parametrize(
     "source",
     [
@@ -314,11 +363,15 @@ def test_learned_step_finds_a_better_range(high: float) -> None:
     ],
     ids=["conv", "grouped", "depthwise", "linear"],
 )
-def test_integer_codes_are_what_the_forward_pass_uses(source: Callable[[], nn.Module], bits: int) -> None:
-    quantized = layer(source(), bits)
+def test_integer_codes_are_what_the_forward_pass_uses(
+    source: Callable[[], nn.Module], bits: int, ternary: bool
+) -> None:
+    quantized = layer(source(), bits, ternary=ternary)
     weights, biases = quantized.weight_codes(), quantized.bias_codes()
     assert weights.dtype == biases.dtype == torch.int32
-    assert int(weights.abs().max()) == quantized.qmax == 2 ** (bits - 1) - 1
+    largest = {1: 1, 2: 1 if ternary else 3}.get(bits, 2 ** (bits - 1) - 1)
+    assert int(weights.abs().max()) == quantized.qmax == largest
+    assert len(weights.unique()) <= 2**bits
     column = quantized.weight_step.detach().view(-1, *[1] * (weights.ndim - 1))
     assert torch.equal(weights * column, quantized.quantized_weight().detach())
     torch.testing.assert_close(biases * quantized.accumulator_step(), quantized.quantized_bias().detach())

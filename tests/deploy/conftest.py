@@ -55,8 +55,17 @@ def plain_network() -> Callable[..., nn.Module]:
 def quantized(images: Tensor) -> Callable[..., nn.Module]:
     """Factory: a calibrated fake-quantized copy of a network."""
 
-    def make(model: nn.Module, *, bits: int = 8, activation_bits: int | None = None, edge_bits: int = 8) -> nn.Module:
-        spec = QuantizeSpec(weight_bits=bits, activation_bits=activation_bits or bits, edge_bits=edge_bits)
+    def make(
+        model: nn.Module,
+        *,
+        bits: int = 8,
+        activation_bits: int | None = None,
+        edge_bits: int = 8,
+        ternary: bool = False,
+    ) -> nn.Module:
+        spec = QuantizeSpec(
+            weight_bits=bits, activation_bits=activation_bits or bits, edge_bits=edge_bits, ternary=ternary
+        )
         return quantize(model, spec, images)
 
     return make

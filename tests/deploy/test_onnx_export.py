@@ -119,7 +119,7 @@ class Clipped(nn.Module):
 )
 @given(
     layers=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 2)), min_size=1, max_size=3),
-    bits=st.sampled_from([2, 3, 4, 5, 7, 8]),
+    bits=st.sampled_from([1, 2, 3, 4, 5, 7, 8]),
     activation_bits=st.sampled_from([2, 4, 6, 8]),
 )
 def test_integer_file_equals_its_twin(
@@ -136,6 +136,23 @@ def test_integer_file_equals_its_twin(
     session = export(twin, tmp_path / "model.onnx")
     assert_same_answers(twin, session, images)
     assert session.uses_integer_kernels(), session.operators()
+
+
+@pytest.mark.parametrize(("ternary", "codes"), [(False, {-3, -1, 1, 3}), (True, {-1, 0, 1})])
+def test_weights_of_two_bits_are_exported_with_their_codes(
+    ternary: bool, codes: set[int], plain_network: Factory, quantized: Factory, images: Tensor, tmp_path: Path
+) -> None:
+    twin = quantized(plain_network(), bits=2, activation_bits=4, edge_bits=2, ternary=ternary)
+    session = export(twin, tmp_path / "model.onnx")
+    assert_same_answers(twin, session, images)
+    shapes = {tuple(layer.weight.shape) for layer in twin.modules() if isinstance(layer, QuantizedLayer)}
+    weights = [
+        numpy_helper.to_array(tensor)
+        for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer
+        if tensor.data_type == TensorProto.INT8 and tuple(tensor.dims) in shapes  # not widened by channels of zeros
+    ]
+    assert len(weights) == 3
+    assert {int(code) for weight in weights for code in np.unique(weight)} == codes
 
 
 @pytest.mark.parametrize("network", [Residual, Pooled, CeilPooled])
