@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coldforge.errors import RecipeError
-from coldforge.recipe import Recipe, TrainSpec, load_recipe, preset_names, to_toml
+from coldforge.recipe import QuantizeSpec, Recipe, TrainSpec, load_recipe, preset_names, to_toml
 from coldforge.spec import Spec, added, spec_hash
 from coldforge.store import key
 
@@ -220,3 +220,14 @@ def test_numbers_are_finite(value):
 def test_one_is_a_list(text, value):
     table, key = text.partition("=")[0].split(".")
     assert getattr(getattr(load_recipe("quickstart", overrides=[text]), table), key) == value
+
+
+def test_ternary_weights_have_the_keys_of_before_and_others_do_not_care() -> None:
+    """All weights of 2 bits were ternary once: what is in a store then is found by those who ask for it."""
+    before = "50045cd7b60250797f174383ab59675bc1882720bc04669478680052ef215709"
+    assert spec_hash(QuantizeSpec(weight_bits=2, activation_bits=4, ternary=True)) == before
+    assert spec_hash(QuantizeSpec(weight_bits=2, activation_bits=4)) != before
+    eight = "6049fb635891fceee6110f4132579343a0f7008a6f253bdc3e4b45507f75675e"
+    assert spec_hash(QuantizeSpec()) == spec_hash(QuantizeSpec(ternary=True)) == eight
+    one = [spec_hash(QuantizeSpec(weight_bits=1, edge_bits=2, ternary=ternary)) for ternary in (False, True)]
+    assert one[0] != one[1], "the first and the last layer have 2 bits"

@@ -31,6 +31,10 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
+    def known_as(self, plain: dict[str, Any]) -> dict[str, Any]:
+        """What :func:`identity` says of this spec, given all of it as plain values: normally just that."""
+        return plain
+
     @model_validator(mode="before")
     @classmethod
     def _one_is_a_list(cls, values: object) -> object:
@@ -66,7 +70,7 @@ def identity(spec: BaseModel) -> dict[str, Any]:
             plain[name] = identity(value)
         elif isinstance(extra, dict) and _BEFORE in extra and value == extra[_BEFORE]:
             del plain[name]
-    return plain
+    return spec.known_as(plain) if isinstance(spec, Spec) else plain
 
 
 def spec_hash(*parts: object) -> str:

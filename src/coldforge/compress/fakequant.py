@@ -281,6 +281,11 @@ class QuantizedLayer(nn.Module):
         return self.bits == 2 and not self.ternary
 
     @property
+    def has_zero(self) -> bool:
+        """Whether 0 has a code."""
+        return self.bits > 1 and not self.has_odd_codes
+
+    @property
     def qmax(self) -> int:
         """Largest code; the smallest is its negative. One bit has the codes -1 and 1, ternary weights also 0."""
         return 3 if self.has_odd_codes else max((1 << self.bits - 1) - 1, 1)

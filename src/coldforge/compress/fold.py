@@ -12,6 +12,9 @@ from coldforge.compress.graph import fold_into, followed, scale_and_shift
 
 _LARGEST_BIAS = 2**23
 """In steps of the accumulator, which has 32 bits; and float32 holds no larger integers exactly."""
+_LARGEST_WITHOUT_ZERO = 2**29
+"""The same where weights have no code of 0: those of a channel that BatchNorm shuts stay at least a step, which must
+then be next to nothing beside the bias."""
 
 
 def round_shifts(network: fx.GraphModule) -> None:
@@ -66,7 +69,8 @@ def _affine(layer: QuantizedLayer, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tup
     """What BatchNorm, in evaluation mode, makes of a layer: scale of its weights, their step, bias; each ``(C,)``."""
     scale, shift = scale_and_shift(norm)
     bias = layer.quantized_bias() * scale + shift
-    largest = layer.input_quantizer.step.clamp_min(SMALLEST_STEP) * _LARGEST_BIAS
+    most = _LARGEST_BIAS if layer.has_zero else _LARGEST_WITHOUT_ZERO
+    largest = layer.input_quantizer.step.clamp_min(SMALLEST_STEP) * most
     step = (layer.weight_step.clamp_min(SMALLEST_STEP) * scale.abs()).maximum(bias.abs() / largest)  # of shut channels
     return scale, step.clamp_min(SMALLEST_STEP), bias
 

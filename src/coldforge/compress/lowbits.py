@@ -30,7 +30,7 @@ class _Binarize(torch.autograd.Function):
 
 
 class _RoundToOdd(torch.autograd.Function):
-    """``step * code`` with the odd codes -3, -1, 1 and 3; gradients as in LSQ, straight through inside -4 to 4."""
+    """``step * code`` with the odd codes -3, -1, 1 and 3; gradients as in LSQ, clipped beyond -4 and 4."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, grad_scale: float) -> Tensor:

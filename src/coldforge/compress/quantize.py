@@ -171,7 +171,8 @@ def _replace_layers(network: fx.GraphModule, spec: QuantizeSpec, edges: Sequence
             raise TraceError(f"layer {name!r}: expected padding_mode 'zeros' to quantize, got {layer.padding_mode!r}")
         bits = max(spec.weight_bits, spec.edge_bits) if node in edges else spec.weight_bits
         frozen = not layer.weight.requires_grad  # such as a shortcut of zeros and ones, which needs zeros
-        replacement = QuantizedLayer(layer, max(bits, 2 if frozen else 1), quantizer, ternary=spec.ternary or frozen)
+        ternary = spec.ternary or frozen or bits == 1  # on the way to one bit
+        replacement = QuantizedLayer(layer, max(bits, 2 if frozen else 1), quantizer, ternary=ternary)
         if not spec.learned_steps:
             replacement.weight_step.requires_grad_(False)
         _fit_weight_step(replacement, "minmax" if not layer.weight.requires_grad else spec.calibration)

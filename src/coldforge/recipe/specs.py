@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from coldforge.recipe.training import ControlSpec, FinetuneSpec, HardenSpec, ReferenceSpec, TrainSpec
-from coldforge.spec import Number, Spec, added
+from coldforge.spec import Number, Spec
 
 
 class ThreatModelSpec(Spec):
@@ -128,8 +128,13 @@ class QuantizeSpec(Spec):
     """Training images seen by the calibration."""
     learned_steps: bool = True
     """Train the step sizes together with the weights (LSQ, Esser et al. 2020)."""
-    ternary: bool = added(False)
+    ternary: bool = False
     """Weights of 2 bits are -1, 0 and 1: zeros, but one value less."""
+
+    def known_as(self, plain: dict[str, Any]) -> dict[str, Any]:
+        """Weights of 2 bits were ternary once, and others do not care."""
+        del plain["ternary"]
+        return plain | ({"odd_codes": True} if self.has_odd_codes else {})
 
     @property
     def enabled(self) -> bool:

@@ -193,8 +193,6 @@ def quantize(shop: Shop, network: Stage) -> Stage:
     settings: list[object] = [spec, beyond] if beyond else [spec]
     if spec.activation_bits < spec.edge_bits:
         settings.append("last input at edge")  # it was not in older stores
-    if spec.has_odd_codes:
-        settings.append("odd codes")  # all of 2 bits were ternary
     return shop.declare("quantize", label, settings, [network], build)
 
 
