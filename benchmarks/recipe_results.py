@@ -193,8 +193,7 @@ def attack(network: Network, out: Path, *, n: int, threads: int) -> Found:
     """Attack the file; write what was found, and return it. ``out`` is for what an interrupted attack leaves."""
     request = Request(attack=(ATTACK,), n=n, threads=threads, seed=network.seed)
     command = " ".join(["coldforge evaluate", network.name, *request.words()])
-    with RichProgress(Console(stderr=True)) as progress:
-        evaluation = evaluate_path(network.folder, request, out=out, progress=progress, command=command)
+    evaluation = _evaluated(network, request, out, command)
     found = _found(network, evaluation, _stands(out, n))
     old = _kept_of(network)
     if old.get("sha256") == found["sha256"]:
@@ -202,6 +201,12 @@ def attack(network: Network, out: Path, *, n: int, threads: int) -> Found:
     RESULTS.mkdir(parents=True, exist_ok=True)
     _write(network, found)
     return found
+
+
+def _evaluated(network: Network, request: Request, out: Path, command: str = "") -> EvaluationRecord:
+    """What is found, while a person can see how far it is: it takes hours."""
+    with RichProgress(Console(stderr=True)) as progress:
+        return evaluate_path(network.folder, request, out=out, progress=progress, command=command)
 
 
 def _stands(out: Path, n: int) -> torch.Tensor:
@@ -232,8 +237,7 @@ def attack_also(network: Network, what: str, out: Path, *, threads: int) -> bool
     request = Request(
         attack=attacks, eps=ALSO[what]["eps"], n=ALSO[what]["n"], threads=threads, seed=network.seed, no_masking=True
     )
-    with RichProgress(Console(stderr=True)) as progress:
-        evaluation = evaluate_path(network.folder, request, out=out, progress=progress)
+    evaluation = _evaluated(network, request, out)
     _write(network, found | {what: {"asked": asked} | _also(evaluation, _stands(out, evaluation.attacked.n))})
     return True
 

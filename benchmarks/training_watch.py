@@ -16,11 +16,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tables import training_watch
+from turns import in_turns, median_ratio
 
 from coldforge.attacks import ThreatModel, parse_attack
 from coldforge.compress import load_network
@@ -36,7 +38,7 @@ SUSPECT = {
     "dense, Muon, 15 epochs": "reference-muon-fashion-mnist/muon",
     "quarter, 4 bits, 5 epochs, distilled": "quarter-fashion-mnist/distilled",
 }
-"""By the masking panel; label to folder."""
+"""Label to folder."""
 
 
 def networks() -> dict[str, Path]:
@@ -44,6 +46,15 @@ def networks() -> dict[str, Path]:
     kept = sorted((RESULTS / "artifacts").glob("fashion-mnist-*/row.json"))
     found = {json.loads(path.read_text(encoding="utf-8"))["row"]: path.parent / "model" for path in kept}
     return found | {label: RESULTS / "search" / folder / "model" for label, folder in SUSPECT.items()}
+
+
+def panel(folder: Path) -> str:
+    """What the masking panel said of that network when it was attacked: "ok" or "suspect"."""
+    name, kept = folder.parent.name, RESULTS / "recipes" / f"{folder.parent.name}.json"
+    if kept.is_file():
+        return str(json.loads(kept.read_text(encoding="utf-8"))["masking"])
+    evaluation = folder.parent.parent / f"{name}-evaluation.json"
+    return str(json.loads(evaluation.read_text(encoding="utf-8"))["masking"]["verdict"])
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -69,20 +80,21 @@ def main() -> None:
     for label, folder in networks().items():
         network, _ = load_network(folder)
         found = monitor(network, validation, threat_model, robust=True)
-        target, looks, alone = Target(network), [], []
-        for _ in range(arguments.turns):
-            alone.append(seconds(lambda: evaluate(target, validation, pgd, threat_model, transfer=False)))  # noqa: B023
-            looks.append(seconds(lambda: monitor(network, validation, threat_model, robust=True)))  # noqa: B023
+        calls = {
+            "alone": partial(evaluate, Target(network), validation, pgd, threat_model, transfer=False),
+            "look": partial(monitor, network, validation, threat_model, robust=True),
+        }
+        times = in_turns(calls, arguments.turns, lambda who, _: seconds(calls[who]))  # noqa: B023
         rows.append(
             {
                 "network": label,
-                "panel": "suspect" if label in SUSPECT else "ok",
+                "panel": panel(folder),
                 "clean_accuracy": found.clean_accuracy,
                 "robust_accuracy": found.robust_accuracy,
                 "beyond_gradients": found.beyond_gradients,
                 "misleads": found.beyond_gradients > MISLED,
-                "seconds": statistics.median(looks),
-                "times_pgd_alone": statistics.median(look / pgd for look, pgd in zip(looks, alone, strict=True)),
+                "seconds": statistics.median(times["look"]),
+                "times_pgd_alone": median_ratio(times["look"], times["alone"]),
             }
         )
         print(rows[-1], flush=True)

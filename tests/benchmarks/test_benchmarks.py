@@ -185,6 +185,9 @@ def test_the_watch_of_a_training_is_tried_on_networks_that_are_kept(
     assert set(training_watch.SUSPECT) < set(found)
     assert REFERENCE in found
     assert all((folder / "model.safetensors").is_file() for folder in found.values())
+    verdicts = {name: training_watch.panel(folder) for name, folder in found.items()}
+    assert {name for name, verdict in verdicts.items() if verdict == "suspect"} == set(training_watch.SUSPECT)
+    assert set(verdicts.values()) == {"ok", "suspect"}
     label = "quarter, 4 bits, 5 epochs, distilled"
     few = load_data(DataSpec(source="fashion-mnist-mini"))
     monkeypatch.setattr(training_watch, "load_data", lambda spec: few)

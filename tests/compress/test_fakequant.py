@@ -76,6 +76,16 @@ def lsq(x: Tensor, step: Tensor, zero: int, qmin: int, qmax: int, grad_scale: fl
     return frozen + (x - x.detach())
 
 
+def values_and_gradients(*functions: Callable[[Tensor, Tensor], Tensor], x: Tensor, step: Tensor) -> list[list[Tensor]]:
+    """Of each function: its value, and the gradients by ``x`` and ``step`` of its product with a fixed tensor."""
+    upstream, found = normal(*x.shape, seed=1), []
+    for function in functions:
+        inputs = x.clone().requires_grad_(), step.clone().requires_grad_()
+        result = function(*inputs)
+        found.append([result.detach(), *torch.autograd.grad(result, inputs, upstream)])
+    return found
+
+
 @given(
     bits=st.integers(2, 8),
     signed=st.booleans(),
@@ -108,15 +118,12 @@ def test_ties_go_to_the_even_code() -> None:
 def test_gradients_are_those_of_lsq(qmin: int, qmax: int, zero: int, channels: bool, backward: Backward) -> None:
     x = normal(6, 4, 3) * 0.5 * (qmax - qmin)  # some inside, some outside
     step = torch.linspace(0.3, 1.7, 6).view(-1, 1, 1) if channels else torch.tensor(0.8)
-    upstream = normal(6, 4, 3, seed=1)
-    gradients = []
-    for function in (
+    gradients = values_and_gradients(
         lambda a, b: fake_quantize(a, b, zero=zero, qmin=qmin, qmax=qmax, grad_scale=0.05, backward=backward),
         lambda a, b: lsq(a, b, zero, qmin, qmax, 0.05, backward),
-    ):
-        inputs = x.clone().requires_grad_(), step.clone().requires_grad_()
-        result = function(*inputs)
-        gradients.append([result.detach(), *torch.autograd.grad(result, inputs, upstream)])
+        x=x,
+        step=step,
+    )
     for found, expected in zip(*gradients, strict=True):
         assert found.shape == expected.shape
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -137,17 +144,14 @@ def test_gradients_of_signs_are_those_of_lsq(shape: tuple[int, ...]) -> None:
     x = normal(*shape) * 3  # most beyond the step, whose gradient passes nonetheless
     x[0], x[1] = 0.0, -0.0
     step = torch.linspace(0.3, 1.7, 6).view(-1, *[1] * (len(shape) - 1))
-    upstream = normal(*shape, seed=1)
-    gradients = []
-    for function in (lambda a, b: binarize(a, b, grad_scale=0.05), lambda a, b: signs(a, b, 0.05)):
-        inputs = x.clone().requires_grad_(), step.clone().requires_grad_()
-        result = function(*inputs)
-        gradients.append([result.detach(), *torch.autograd.grad(result, inputs, upstream)])
+    gradients = values_and_gradients(
+        lambda a, b: binarize(a, b, grad_scale=0.05), lambda a, b: signs(a, b, 0.05), x=x, step=step
+    )
     for found, expected in zip(*gradients, strict=True):
         assert found.shape == expected.shape
         torch.testing.assert_close(found, expected)
     assert torch.equal(gradients[0][0][:2], step[:2].expand(2, *shape[1:])), "1 where x is 0"
-    assert torch.equal(gradients[0][1], upstream)
+    assert torch.equal(gradients[0][1], normal(*shape, seed=1))
 
 
 def odd(x: Tensor, step: Tensor, grad_scale: float) -> Tensor:
@@ -178,12 +182,9 @@ def test_of_two_odd_codes_as_near_the_larger_is_taken() -> None:
 def test_gradients_of_odd_codes_are_those_of_lsq(shape: tuple[int, ...]) -> None:
     x = normal(*shape) * 3  # some inside, some outside
     step = torch.linspace(0.3, 1.7, 6).view(-1, *[1] * (len(shape) - 1))
-    upstream = normal(*shape, seed=1)
-    gradients = []
-    for function in (lambda a, b: round_to_odd(a, b, grad_scale=0.05), lambda a, b: odd(a, b, 0.05)):
-        inputs = x.clone().requires_grad_(), step.clone().requires_grad_()
-        result = function(*inputs)
-        gradients.append([result.detach(), *torch.autograd.grad(result, inputs, upstream)])
+    gradients = values_and_gradients(
+        lambda a, b: round_to_odd(a, b, grad_scale=0.05), lambda a, b: odd(a, b, 0.05), x=x, step=step
+    )
     for found, expected in zip(*gradients, strict=True):
         assert found.shape == expected.shape
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -325,10 +325,7 @@ def test_batchnorm_becomes_part_of_the_quantized_layer_before_it(
             norm.weight[0] = 0.0
             norm.bias.copy_(torch.randn(len(norm.bias), generator=generator))
     with torch.no_grad():
-        first = next(iter(layers(kept).values()))
-        first.weight[:, 0] = 0.0
-        border = 2 * first.weight_step if first.bits == 2 else first.weight_step
-        first.weight[:, 1].copy_(border.view(-1, *[1] * (first.weight.ndim - 2)).expand_as(first.weight[:, 1]))
+        next(iter(layers(kept).values())).weight[:, 0] = 0.0
     as_it_was = state(kept)
     folded = fold_quantized(kept)
     assert unchanged(model, before)
@@ -342,11 +339,27 @@ def test_batchnorm_becomes_part_of_the_quantized_layer_before_it(
         mine = layers(folded)[layer]
         with torch.no_grad():
             result = mine(outputs(kept)[layer][1])
-        torch.testing.assert_close(result, expected, rtol=1e-4, atol=5e-5)
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
         assert int(mine.bias_codes().abs().max()) < (2**24 if mine.has_zero else 2**30)
     assert found.keys() == outputs(kept).keys()
     with torch.no_grad():
         assert torch.equal(plain(some_images(8)), folded(some_images(8)))
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_codes_change_their_sign_with_the_scale_when_batchnorm_is_folded(make: Build, bits: int) -> None:
+    """Weights on a border between two codes, too, which has no side of its own where 0 has no code."""
+    kept = quantize(make("residual"), spec(bits), some_images(), keep_batchnorm=True)
+    name, layer = next(iter(layers(kept).items()))
+    with torch.no_grad():
+        borders = torch.tensor([-2.0, -1.5, -0.5, 0.0, 0.5, 1.5, 2.0]).repeat(layer.weight[0].numel())
+        layer.weight.copy_(borders[: layer.weight[0].numel()].view_as(layer.weight[0]))
+        layer.weight_step.fill_(0.25)
+        layer.weight.mul_(0.25)
+        for norm in norms(kept):
+            norm.weight.copy_(torch.tensor([-1.0, 2.0]).repeat(len(norm.weight))[: len(norm.weight)])
+    signs = torch.tensor([-1, 1]).repeat(len(layer.weight))[: len(layer.weight)].view(-1, 1, 1, 1)
+    assert torch.equal(layers(fold_quantized(kept))[name].weight_codes(), signs * layer.weight_codes())
 
 
 def test_on_the_way_to_one_bit_two_are_ternary_wherever_the_network_comes_from(make: Build) -> None:

@@ -29,6 +29,10 @@ class Stairs(nn.Module):
         return self.network(torch.round(images * 8) / 8)
 
 
+def linear():
+    return normalized(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), (0.5,), (0.1,))
+
+
 @pytest.fixture(autouse=True)
 def few_are_asked(monkeypatch):
     monkeypatch.setattr(guard, "ASKED_IMAGES", 120)  # all of the validation part
@@ -36,8 +40,7 @@ def few_are_asked(monkeypatch):
 
 @pytest.fixture(scope="module")
 def natural(tempting, threat):
-    network = normalized(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), (0.5,), (0.1,))
-    return train(network, tempting, TrainSpec(epochs=6, batch_size=32, lr=0.03), threat).model
+    return train(linear(), tempting, TrainSpec(epochs=6, batch_size=32, lr=0.03), threat).model
 
 
 def point(epoch, beyond, averaged=-1.0):
@@ -63,8 +66,7 @@ def test_gradients_that_are_zero_are_seen(natural, tempting, threat):
 
 
 def test_an_honest_training_is_not_accused(tempting, threat):
-    network = normalized(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), (0.5,), (0.1,))
-    robust = train(network, tempting, ADVERSARIAL.model_copy(update={"epochs": 6}), threat)
+    robust = train(linear(), tempting, ADVERSARIAL.model_copy(update={"epochs": 6}), threat)
     assert all(0 <= epoch.beyond_gradients <= MISLED for epoch in robust.curve)
     assert robust.notes == ()
 

@@ -300,15 +300,20 @@ def test_training_under_perturbed_weights_learns(precision, build, splits, threa
 # --- few bits
 
 
-def few(build, splits, weight_bits, activation_bits):
-    spec = QuantizeSpec(weight_bits=weight_bits, activation_bits=activation_bits, edge_bits=8)
+def few(build, splits, weight_bits, activation_bits, ternary=False):
+    spec = QuantizeSpec(weight_bits=weight_bits, activation_bits=activation_bits, edge_bits=8, ternary=ternary)
     return quantize(build("float"), spec, splits.train.pixels())
 
 
-@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(4, 4), (2, 2), (1, 4)])
-def test_quantizer_steps_learn_from_attacked_images(weight_bits, activation_bits, build, splits, threat, shown):
+@pytest.mark.parametrize(
+    ("weight_bits", "activation_bits", "ternary", "lr"),
+    [(4, 4, False, 0.01), (2, 2, True, 0.01), (2, 4, False, 0.1), (1, 4, False, 0.01)],
+)
+def test_quantizer_steps_learn_from_attacked_images(
+    weight_bits, activation_bits, ternary, lr, build, splits, threat, shown
+):
     """Each moves by the gradient of the loss on these, which is another than that on clean ones."""
-    network, lr = few(build, splits, weight_bits, activation_bits), 0.01
+    network = few(build, splits, weight_bits, activation_bits, ternary)
     before = {name: step.detach().clone() for name, step in quantizer_steps(network).items()}
     assert len(before) == 5, "that of the image stays"
     trained = train(network, splits, spec_of("adversarial", **ONE_STEP, lr=lr), threat).model
@@ -319,7 +324,6 @@ def test_quantizer_steps_learn_from_attacked_images(weight_bits, activation_bits
         twin = copy.deepcopy(network).train()
         gradients = torch.autograd.grad(F.cross_entropy(twin(images), targets), list(quantizer_steps(twin).values()))
         wanted.append(dict(zip(before, gradients, strict=True)))
-    told = []
     for name, step in quantizer_steps(trained).items():
         low, high = before[name] / loop.STEP_RANGE, before[name] * loop.STEP_RANGE
         after = [torch.clamp(before[name] - lr * gradients[name], low, high) for gradients in wanted]
@@ -327,8 +331,7 @@ def test_quantizer_steps_learn_from_attacked_images(weight_bits, activation_bits
         assert bool((moved != 0).any()), name
         tolerance = 0.02 * float(by_attacked.norm()) + 1e-7
         assert float((moved - by_attacked).norm()) < tolerance, name
-        told.append(float((moved - by_clean).norm()) > 5 * tolerance)
-    assert sum(told) >= 4, "of five: two bits may round all that the attack did away"
+        assert float((moved - by_clean).norm()) > 5 * tolerance, name
 
 
 @pytest.mark.parametrize(("weight_bits", "activation_bits"), [(1, 4), (2, 2), (1, 1), (4, 4), (8, 4)])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coldforge.compress.kernels import dense, gradients, is_fused, round_to_grid, takes
-from coldforge.compress.lowbits import binarize, odd_codes, round_to_odd
+from coldforge.compress.lowbits import binarize, odd_codes, round_to_odd, sign_codes
 from coldforge.errors import ModelError
 
 Backward = Literal["pass_through", "clipped", "unrounded"]
@@ -326,7 +326,7 @@ class QuantizedLayer(nn.Module):
     def nearest_codes(self, scaled: Tensor) -> Tensor:
         """Codes of weights in units of their steps; any shape, floating point."""
         if self.bits == 1:
-            return torch.where(scaled < 0, -1.0, 1.0)
+            return sign_codes(scaled)
         return odd_codes(scaled) if self.has_odd_codes else torch.round(scaled).clamp_(-self.qmax, self.qmax)
 
     def bias_codes(self) -> Tensor:

@@ -16,7 +16,7 @@ class _Binarize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, grad_scale: float) -> Tensor:
-        codes = torch.where(x < 0, -1.0, 1.0).to(x.dtype)
+        codes = sign_codes(x)
         ctx.grad_scale = grad_scale
         ctx.save_for_backward(codes, step)
         return codes * step.to(x.dtype)
@@ -76,6 +76,11 @@ def round_to_odd(x: Tensor, step: Tensor, *, grad_scale: float = 1.0) -> Tensor:
     """
     result: Tensor = _RoundToOdd.apply(x, step, grad_scale)  # type: ignore[no-untyped-call]
     return result
+
+
+def sign_codes(scaled: Tensor) -> Tensor:
+    """-1 below 0, otherwise 1; floating point like ``scaled``."""
+    return torch.where(scaled < 0, -1.0, 1.0).to(scaled.dtype)
 
 
 def odd_codes(scaled: Tensor) -> Tensor:
