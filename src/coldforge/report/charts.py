@@ -17,7 +17,7 @@ from coldforge.report import text
 from coldforge.report.plots import axis_range, bubble_px, robust_key, tradeoff_path, tradeoff_points
 
 WIDTH, HEIGHT = 320.0, 160.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 34.0, 88.0, 10.0, 26.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 40.0, 98.0, 10.0, 26.0
 
 
 def tradeoff_data(record: Record) -> dict[str, Any] | None:
@@ -66,14 +66,20 @@ class Chart:
 
 
 def curve_charts(curve: Sequence[CurvePoint], label: str) -> list[Chart]:
-    """Accuracy, loss and (where an inner attack ran) eps over the epochs of one training run."""
+    """Accuracy, loss and, where they were used, eps of the inner attack and what Square broke, over the epochs of a
+    training run."""
     epochs = [point.epoch for point in curve]
-    clean = Series("clean", "line-clean", [_known(100 * point.clean_accuracy) for point in curve])
-    robust = Series("robust", "line-robust", [_known(100 * point.robust_accuracy) for point in curve])
+    accuracy = [
+        Series("clean", "line-clean", [_percent(point.clean_accuracy) for point in curve]),
+        Series("robust", "line-robust", [_percent(point.robust_accuracy) for point in curve]),
+    ]
+    averaged = [_percent(point.averaged_robust_accuracy) for point in curve]
+    if any(value is not None for value in averaged):
+        accuracy.append(Series("averaged", "line-averaged", averaged))
     charts = [
         Chart(
             "Validation accuracy, %",
-            line_svg(epochs, [clean, robust], f"{label}: validation accuracy", 100.0, lambda v: f"{v:.1f}"),
+            line_svg(epochs, accuracy, f"{label}: validation accuracy", 100.0, lambda v: f"{v:.1f}"),
         )
     ]
     losses = [_known(point.loss) for point in curve]
@@ -90,7 +96,21 @@ def curve_charts(curve: Sequence[CurvePoint], label: str) -> list[Chart]:
         charts.append(
             Chart("eps of the inner attack", line_svg(epochs, [eps], f"{label}: eps", top, lambda v: f"{v:.3g}"))
         )
+    beyond = [
+        Series("", "line-robust", [_percent(point.beyond_gradients) for point in curve]),
+        Series("averaged", "line-averaged", [_percent(point.averaged_beyond_gradients) for point in curve]),
+    ]
+    beyond = [line for line in beyond if any(value is not None for value in line.values)]
+    if beyond:
+        top = _round_up(max(value for line in beyond for value in (*line.values, 5.0) if value is not None))
+        name = f"{label}: broken by Square after PGD"
+        charts.append(Chart("Broken by Square after PGD, %", line_svg(epochs, beyond, name, top, lambda v: f"{v:.1f}")))
     return charts
+
+
+def _percent(fraction: float) -> float | None:
+    """None for what was not run (below 0)."""
+    return _known(100 * fraction)
 
 
 def _known(value: float) -> float | None:

@@ -96,6 +96,8 @@ def render_report(record: Record, examples_png: bytes | None = None) -> str:
         "examples_png": base64.b64encode(examples_png).decode() if examples_png else "",
         "bars": _bars(stage),
         "curves": [_curves(record, item) for item in record.stages if item.curve],
+        "asked": any(point.beyond_gradients >= 0 for item in record.stages for point in item.curve),
+        "averaged": any(point.averaged_robust_accuracy >= 0 for item in record.stages for point in item.curve),
         "least_agreement": LEAST_AGREEMENT,
         "checked": [item for item in record.stages if item.masking.verdict != "not_run"],
         "unchecked": [
