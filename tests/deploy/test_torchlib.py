@@ -1,10 +1,13 @@
-"""The kept table of ONNX functions: built once, the same files, torch as it was."""
+"""What the exporter is spared: the table of ONNX functions is built once, a network is not traced twice without need;
+the same files, torch as it was.
+"""
 
 from __future__ import annotations
 
 import copy
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.onnx._internal.exporter import _registration
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+from coldforge.compress import quantize
 from coldforge.deploy import export_onnx, onnx, torchlib
 from coldforge.deploy.torchlib import kept_table
+from coldforge.recipe import QuantizeSpec
 
 
 def exported(path: Path) -> bytes:
@@ -111,3 +117,73 @@ def test_a_torch_without_such_a_table_exports_all_the_same(
     monkeypatch.setitem(sys.modules, _registration.__name__, None)
     assert exported(tmp_path / "plain.onnx") == expected
     assert len(built) == 2, "not kept"
+
+
+# --- decomposition
+
+
+class Between(nn.Module):
+    """Two layers with something between them."""
+
+    def __init__(self, between: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.norm, self.last = nn.BatchNorm2d(4), nn.Linear(4 * 36, 3)
+        self.between = between
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.last(self.between(self, self.first(images)).reshape(images.shape[0], -1))
+
+
+def _changed_in_place(network: nn.Module, x: Tensor) -> Tensor:
+    y = network.second(x)
+    y += x
+    y[:, :2].mul_(0.5)
+    return y.relu_()
+
+
+def _changed_through_a_view(network: nn.Module, x: Tensor) -> Tensor:
+    x.view(x.shape[0], -1).add_(1)
+    return x
+
+
+WHOLE: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "residual": lambda network, x: F.max_pool2d(F.relu(network.second(x) + x), 3, 1, 1),
+    "channels": lambda network, x: torch.cat([x[:, :3], network.second(x)[:, 3:]], 1),
+    "squeeze": lambda network, x: x * x.mean((2, 3), keepdim=True).sigmoid(),
+}
+TAKEN_APART: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "BatchNorm": lambda network, x: network.norm(network.second(x)),
+    "dropout": lambda network, x: F.dropout(x, 0.5, network.training),
+    "in place": _changed_in_place,
+    "through a view": _changed_through_a_view,
+    "chunks": lambda network, x: torch.cat(x.chunk(2, 1)[::-1], 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"), [*((name, 32) for name in WHOLE | TAKEN_APART), ("squeeze", 8), ("BatchNorm", 8), ("in place", 8)]
+)
+def test_a_network_is_traced_again_only_where_operators_are_taken_apart_and_files_are_the_same(
+    name: str, bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    network: nn.Module = Between((WHOLE | TAKEN_APART)[name]).eval()
+    if bits < 32:
+        network = quantize(network, QuantizeSpec(), torch.rand(8, 2, 6, 6))
+    decomposed = 0
+    run_decompositions = torch.export.ExportedProgram.run_decompositions
+
+    def counted(*args: Any, **options: Any) -> torch.export.ExportedProgram:
+        nonlocal decomposed
+        decomposed += 1
+        return run_decompositions(*args, **options)
+
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", counted)
+    export_onnx(network, tmp_path / "spared.onnx", image_shape=(2, 6, 6), classes="abc")
+    again = int(name in TAKEN_APART and (name, bits) != ("BatchNorm", 8))  # folded there
+    assert decomposed == again
+    monkeypatch.setattr(onnx, "decompose_if_need_be", lambda program: program)
+    export_onnx(network, tmp_path / "plain.onnx", image_shape=(2, 6, 6), classes="abc")
+    assert decomposed == again + 1
+    assert (tmp_path / "spared.onnx").read_bytes() == (tmp_path / "plain.onnx").read_bytes()

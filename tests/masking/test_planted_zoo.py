@@ -13,7 +13,7 @@ from coldforge.attacks import margins, predict
 from coldforge.compress import quantize
 from coldforge.errors import ModelError
 from coldforge.evaluate import Target, masking_panel
-from coldforge.evaluate.binarization import TIGHT, binarization_test
+from coldforge.evaluate.binarization import TIGHT, binarization_check, binarization_test
 from coldforge.recipe import QuantizeSpec
 
 # --- the flaws
@@ -277,4 +277,4 @@ def test_flaws_before_a_network_of_few_bits_are_not_excused(flaw, coarse, data, 
     found = binarization_test(network, data.test[:64], ball)
     assert found.found < 0.3
     assert found.closeness == TIGHT
-    assert failed(network, data, ball)
+    assert not binarization_check(found).passed

@@ -145,9 +145,12 @@ def quantizer_of(network):
     return next(part for part in network.modules() if isinstance(part, QuantizedLayer))
 
 
-def test_steps_follow_their_filters(build):
+@pytest.mark.parametrize("learned", [True, False])
+def test_steps_follow_their_filters(build, learned):
     """Whatever a turn did to the norm of a filter, its codes stay."""
     network = build("quantized")
+    for layer in (part for part in network.modules() if isinstance(part, QuantizedLayer)):
+        layer.weight_step.requires_grad_(learned)
     layer, name = quantizer_of(network), next(iter(filter_norms(network)))
     factors = torch.logspace(-4, 2, len(layer.weight))
     codes, before, start = layer.weight_codes(), filter_norms(network), layer.weight_step.detach().clone()

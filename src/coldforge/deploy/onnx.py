@@ -19,7 +19,7 @@ from coldforge._version import __version__
 from coldforge.compress import QuantizedLayer
 from coldforge.deploy.graph import miscounts, tidy
 from coldforge.deploy.integer import integer_form, translations
-from coldforge.deploy.torchlib import kept_table
+from coldforge.deploy.torchlib import decompose_if_need_be, kept_table
 from coldforge.errors import ExportError, UsageError
 from coldforge.sealed import write_atomic
 
@@ -147,7 +147,7 @@ def _naming_the_layer(network: nn.Module) -> Iterator[None]:
 def _translated(network: nn.Module, program: torch.export.ExportedProgram, *, fold: bool) -> onnx.ModelProto:
     try:
         result = torch.onnx.export(
-            program,
+            decompose_if_need_be(program),
             dynamo=True,
             opset_version=OPSET,
             optimize=fold,  # an integer network keeps the pattern as it is written

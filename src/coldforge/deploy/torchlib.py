@@ -1,17 +1,24 @@
-"""Keeps the exporter's table of ONNX functions: torch parses the source of some 500 of them anew for each file, which
-takes about as long as the rest of a small network's export.
+"""What torch.onnx.export does anew for each file, though it need not.
+
+It parses the source of some 500 ONNX functions, which takes about as long as the rest of a small network's export; and
+it traces the network a second time, to take operators without an ONNX form apart, where all of them have one.
 """
 
 from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 _TABLES: dict[str, Any] = {}
 _EXPORTING = threading.RLock()
+_WHOLE = {f"aten.{name}" for name in ("conv2d.default", "linear.default", "flatten.using_ints", "reshape.default")}
+_WHOLE |= {"aten.max_pool2d.default", "aten.sym_size.int"}
+"""Operators that are made of others and yet have an ONNX form of their own; torch leaves them whole, too."""
 
 
 @contextmanager
@@ -46,3 +53,27 @@ def kept_table() -> Iterator[None]:
             yield
         finally:
             Registry.from_torchlib = own  # type: ignore[method-assign]
+
+
+def decompose_if_need_be(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Let ``program`` answer that it is decomposed already if no operator of it is to be: the same graph.
+
+    It is traced again where a node is not an operator, or one that torch takes apart, by the table it is asked with or
+    of itself, or that changes a tensor in place.
+    """
+    decompose = program.run_decompositions
+
+    def run_decompositions(table: Any = None, **options: Any) -> torch.export.ExportedProgram:
+        called = [node.target for node in program.graph.nodes if node.op not in ("placeholder", "output")]
+        done = table is not None and all(_is_whole(target, table) for target in called)
+        return program if done else decompose(table, **options)
+
+    program.run_decompositions = run_decompositions  # type: ignore[method-assign]
+    return program
+
+
+def _is_whole(target: object, table: Container[object]) -> bool:
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable or target in table:
+        return False
+    composite = target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    return not composite or str(target) in _WHOLE

@@ -127,14 +127,16 @@ class QuantizeSpec(Spec):
     calibration_n: int = Field(default=512, ge=1)
     """Training images seen by the calibration."""
     learned_steps: bool = True
-    """Train the step sizes together with the weights (LSQ, Esser et al. 2020)."""
+    """Train the step sizes together with the weights (LSQ, Esser et al. 2020); else those of weights keep their ratio
+    to the norm of their filter under Muon, and stay what they are under SGD."""
     ternary: bool = False
     """Weights of 2 bits are -1, 0 and 1: zeros, but one value less."""
 
     def known_as(self, plain: dict[str, Any]) -> dict[str, Any]:
-        """Weights of 2 bits were ternary once, and others do not care."""
+        """Weights of 2 bits were ternary once, and others do not care; steps that are not learned stood still."""
         del plain["ternary"]
-        return plain | ({"odd_codes": True} if self.has_odd_codes else {})
+        changed = {"odd_codes": self.has_odd_codes, "steps follow their filters": not self.learned_steps}
+        return plain | {what: True for what, concerns in changed.items() if concerns}
 
     @property
     def enabled(self) -> bool:

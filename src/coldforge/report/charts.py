@@ -67,7 +67,8 @@ class Chart:
 
 def curve_charts(curve: Sequence[CurvePoint], label: str) -> list[Chart]:
     """Accuracy, loss and, where they were used, eps of the inner attack and what Square broke, over the epochs of a
-    training run."""
+    training run.
+    """
     epochs = [point.epoch for point in curve]
     accuracy = [
         Series("clean", "line-clean", [_percent(point.clean_accuracy) for point in curve]),

@@ -78,12 +78,11 @@ def quantizer_steps(network: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def filter_norms(network: nn.Module) -> dict[str, Tensor]:
-    """Norm of each filter of each layer whose steps are learned, ``(C,)``, by the name of these."""
-    layers = [(name, part) for name, part in network.named_modules() if isinstance(part, QuantizedLayer)]
+    """Norm of each filter of each layer that is trained and has quantizer steps, ``(C,)``, by the name of these."""
     return {
-        f"{name}.weight_step": layer.weight.detach().flatten(1).norm(dim=1)
-        for name, layer in layers
-        if layer.weight_step.requires_grad
+        f"{name}.weight_step": part.weight.detach().flatten(1).norm(dim=1)
+        for name, part in network.named_modules()
+        if isinstance(part, QuantizedLayer) and part.weight.requires_grad
     }
 
 
@@ -92,12 +91,11 @@ def follow(network: nn.Module, before: dict[str, Tensor]) -> dict[str, Tensor]:
     """Stretch the steps of filters as these have grown since :func:`filter_norms`; by how much, by name.
 
     Muon keeps the norm of a layer, not of its filters: some shrink a thousandfold. Steps that stayed behind would round
-    them to a few codes, or to 0.
+    them to a few codes, or to 0. Steps that are not learned follow, too: they stay what they were to their filters.
     """
     grown = {
         name: torch.where(before[name] > 0, norm / before[name], 1.0) for name, norm in filter_norms(network).items()
     }
-    steps = quantizer_steps(network)
     for name, factor in grown.items():
-        steps[name].mul_(factor)
+        network.get_parameter(name).mul_(factor)
     return grown
