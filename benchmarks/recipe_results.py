@@ -49,9 +49,9 @@ from coldforge.evaluation.request import Request
 from coldforge.records import EvaluationRecord, Record, StageRecord, load_record
 from coldforge.sealed import sha256_of, write_atomic
 from coldforge.store import Store
-from coldforge.sweep import RecipeWorkshop
 from coldforge.sweep.plan import trial_of
 from coldforge.sweep.table import load_results
+from coldforge.sweep.workshop import RecipeWorkshop
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, ARTIFACTS = ROOT / "results" / "recipes", ROOT / "results" / "artifacts"

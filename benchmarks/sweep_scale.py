@@ -40,8 +40,9 @@ from coldforge.provenance import provenance
 from coldforge.sealed import write_atomic
 from coldforge.stages import evidence
 from coldforge.store import Store
-from coldforge.sweep import Listener, RecipeWorkshop, SweepSpec, conduct, expand, make_executor, survey
+from coldforge.sweep import Listener, SweepSpec, conduct, expand, make_executor, survey
 from coldforge.sweep.table import load_results, write_tables
+from coldforge.sweep.workshop import RecipeWorkshop
 
 T = TypeVar("T")
 WORKERS = {"serial": 1, "process": 2, "ray": 2}

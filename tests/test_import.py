@@ -33,6 +33,11 @@ def test_the_lowest_layer_does_not_import_torch():
     assert python(f"import sys; from coldforge import {modules}; print('torch' in sys.modules)").strip() == "False"
 
 
+def test_pages_are_drawn_without_torch():
+    """Those of sweeps, too, and whoever keeps the books of a sweep does without: only who makes stages has it."""
+    assert python("import sys, coldforge.report.folder; print('torch' in sys.modules)").strip() == "False"
+
+
 def test_all_is_sorted_and_complete():
     names = coldforge.__all__
     assert names == sorted(names)

@@ -66,9 +66,10 @@ def sweep(
     from coldforge.pipeline import resolve
     from coldforge.report.sweep import draw_sweep
     from coldforge.store import Store
-    from coldforge.sweep import RecipeWorkshop, alone_in, conduct, expand, load_sweep, make_executor, survey
+    from coldforge.sweep import alone_in, conduct, expand, load_sweep, make_executor, survey
     from coldforge.sweep.plan import plan_of
     from coldforge.sweep.table import load_results, write_tables
+    from coldforge.sweep.workshop import RecipeWorkshop
 
     spec = load_sweep(file, overrides=set_, seeds=seeds)
     folder = out or Path(f"sweep-{spec.name}")
@@ -126,10 +127,10 @@ def pick(
     from coldforge.console import RichProgress, print_json
     from coldforge.report.folder import draw
     from coldforge.store import Store
-    from coldforge.sweep import RecipeWorkshop
     from coldforge.sweep.plan import trial_of
     from coldforge.sweep.table import flat, load_results
     from coldforge.sweep.table import pick as pick_row
+    from coldforge.sweep.workshop import RecipeWorkshop
 
     results = load_results(folder)
     row = pick_row(results, least=min_, most=max_, minimize=minimize, maximize=maximize)

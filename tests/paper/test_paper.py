@@ -30,8 +30,9 @@ from paper_points import Point, joined, load_paper, load_points, merged, points_
 from coldforge.errors import UsageError
 from coldforge.recipe import load_recipe
 from coldforge.store import Store
-from coldforge.sweep import RecipeWorkshop, Trial, expand, load_sweep
+from coldforge.sweep import Trial, expand, load_sweep
 from coldforge.sweep.table import Sweep
+from coldforge.sweep.workshop import RecipeWorkshop
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"

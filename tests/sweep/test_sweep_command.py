@@ -74,7 +74,7 @@ def test_the_plan_shows_what_is_shared(swept, capsys):
 
 def test_the_same_call_again_computes_nothing(swept, capsys, monkeypatch):
     folder, words = swept
-    from coldforge.sweep import RecipeWorkshop
+    from coldforge.sweep.workshop import RecipeWorkshop
 
     monkeypatch.setattr(RecipeWorkshop, "make", lambda *_: pytest.fail("computed again"))
     assert main(words) == 0

@@ -26,8 +26,9 @@ from coldforge.report.sweep import render_sweep
 from coldforge.report.sweep_answers import answers
 from coldforge.report.sweep_panels import MOST_COLUMNS, _spots, _ticks, panels
 from coldforge.report.sweep_rows import latency_column, mean_entries, measures, positions, single_entries, values_of
-from coldforge.sweep import Listener, RecipeWorkshop
+from coldforge.sweep import Listener
 from coldforge.sweep.table import Sweep, load_results, over_seeds, pick
+from coldforge.sweep.workshop import RecipeWorkshop
 
 PLOTLY = re.compile(r"<script>/\*\*.*?</script>", re.DOTALL)
 DATA = re.compile(r'<script type="application/json" id="sweep-data">(.*?)</script>', re.DOTALL)

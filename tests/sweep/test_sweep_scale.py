@@ -16,9 +16,10 @@ from coldforge.console_sweep import SweepListener, print_sweep
 from coldforge.errors import UsageError
 from coldforge.records import Record, load_record
 from coldforge.store import Store
-from coldforge.sweep import Failure, Listener, RecipeWorkshop, State, SweepSpec, conduct, expand, make_executor, survey
+from coldforge.sweep import Failure, Listener, State, SweepSpec, conduct, expand, make_executor, survey
 from coldforge.sweep import run as module
 from coldforge.sweep.table import load_results, write_tables
+from coldforge.sweep.workshop import RecipeWorkshop
 
 TRIALS = 2 * 10 * 2
 SWEEP = SweepSpec(

@@ -68,7 +68,7 @@ def decompose_if_need_be(program: torch.export.ExportedProgram) -> torch.export.
         done = table is not None and all(_is_whole(target, table) for target in called)
         return program if done else decompose(table, **options)
 
-    program.run_decompositions = run_decompositions  # type: ignore[method-assign]
+    program.run_decompositions = run_decompositions
     return program
 
 

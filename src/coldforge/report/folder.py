@@ -13,6 +13,7 @@ from coldforge.records import Record, load_record
 from coldforge.report.evaluation import draw_evaluation
 from coldforge.report.examples import Examples
 from coldforge.report.html import write_report
+from coldforge.report.sweep import draw_sweep
 
 GALLERY = "gallery.safetensors"
 
@@ -42,8 +43,6 @@ def draw_any(folder: str | Path) -> Path:
     if (folder / "evaluation.json").is_file():
         return draw_evaluation(folder)
     if (folder / "sweep.json").is_file():
-        from coldforge.report.sweep import draw_sweep  # brings torch with it, which the other pages do without
-
         return draw_sweep(folder)
     return draw(folder)  # says what it expected
 

@@ -1,4 +1,7 @@
-"""Sweeps: many trials of one recipe, their common stages made once, on one machine or a cluster."""
+"""Sweeps: many trials of one recipe, their common stages made once, on one machine or a cluster.
+
+What makes the stages of a recipe, :mod:`coldforge.sweep.workshop`, brings torch with it; the rest does without.
+"""
 
 from coldforge.sweep.executors import Executor, make_executor
 from coldforge.sweep.folder import Failure, alone_in
@@ -6,7 +9,6 @@ from coldforge.sweep.graph import Graph, Task, Workshop
 from coldforge.sweep.outcome import Outcome
 from coldforge.sweep.run import Listener, State, conduct, survey, time_left
 from coldforge.sweep.spec import SweepSpec, Trial, expand, load_sweep
-from coldforge.sweep.workshop import RecipeWorkshop
 
 __all__ = [
     "Executor",
@@ -14,7 +16,6 @@ __all__ = [
     "Graph",
     "Listener",
     "Outcome",
-    "RecipeWorkshop",
     "State",
     "SweepSpec",
     "Task",
