@@ -156,7 +156,8 @@ def check_trainings(recipe: Recipe, augment: str | None = None) -> None:
         RecipeError: an attack is not known, or does nothing for its objective.
         AttackError: its steps cannot cross the ball.
     """
-    for spec in (recipe.finetune, recipe.harden, recipe.reference, recipe.model.train):
+    in_float = recipe.finetune.model_copy(update=recipe.finetune.in_float)
+    for spec in (in_float, recipe.finetune, recipe.harden, recipe.reference, recipe.model.train):
         parse_inner(spec.attack).check(ThreatModel.of(recipe.threat_model))
         check_inner(spec, augment)
 

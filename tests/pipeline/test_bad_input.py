@@ -65,6 +65,7 @@ def test_an_attack_that_is_not_known(start):
     ("settings", "message"),
     [
         ({"finetune.objective": "trades", "finetune.attack": "fgsm"}, r"fgsm starts at the image, where the gradient"),
+        ({"finetune.float_attack": "pgd"}, r"unknown inner attack 'pgd'"),
         ({"finetune.attack": "fgsm-reuse"}, r"fgsm-reuse starts where .*; expected data\.augment = \"none\""),
     ],
 )

@@ -16,7 +16,8 @@ from coldforge.store import Store
 STRONG = {
     "prune.importance": "taylor-adversarial", "prune.scope": "global", "prune.steps": 2, "prune.ratio": 0.4,
     "prune.round_to": 4, "prune.min_width": 4, "finetune.objective": "distill", "finetune.soft": 0.5,
-    "finetune.epochs": 3, "finetune.float_epochs": 1, "finetune.float_lr": 0.02, "finetune.ema": 0.9,
+    "finetune.epochs": 3, "finetune.float_epochs": 1, "finetune.float_lr": 0.02,
+    "finetune.float_attack": "fgsm-rs", "finetune.ema": 0.9,
     "finetune.awp": 0.005, "finetune.keep": "best", "finetune.attack": "n-fgsm", "finetune.bits_ramp": 0.5,
     "quantize.weight_bits": 1, "quantize.activation_bits": 4,
 }  # fmt: skip

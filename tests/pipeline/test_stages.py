@@ -33,6 +33,7 @@ CHANGES = {
     "finetune.epochs=2": AFTER_TUNING,
     "finetune.awp=0.01": ["fine-tune: adversarial", "*tuned: adversarial", *ON_THE_FILE],
     "finetune.ema=0.9": AFTER_TUNING,
+    "finetune.float_attack=n-fgsm": [],  # no epoch in floating point
     "finetune.objective=trades": ["fine-tune: adversarial", "*tuned: adversarial", *ON_THE_FILE],
     "finetune.beta=3": ["fine-tune: adversarial", "*tuned: adversarial", *ON_THE_FILE],
     "prune.scope=global": ["prune*", "*parent", *AFTER_ROUNDING],
@@ -79,6 +80,19 @@ def before(stages_of, recipe):
 def test_a_setting_changes_what_stands_on_it(change, before, recipe, stages_of):
     after = stages_of(load_recipe(recipe().model_dump(mode="json"), overrides=re.split(r" (?=\w+\.)", change)))
     assert changed(before, after) == matching(before, CHANGES[change])
+
+
+def test_the_epochs_in_floating_point_may_have_an_attack_of_their_own(recipe, stages_of):
+    """Theirs, or that of the epochs after the rounding: each decides only its own part and what stands on it."""
+    parts = {"finetune.epochs": 2, "finetune.float_epochs": 1}
+    both = stages_of(recipe(parts | {"finetune.attack": "n-fgsm"}))
+    same = stages_of(recipe(parts | {"finetune.attack": "n-fgsm", "finetune.float_attack": "n-fgsm"}))
+    assert changed(both, same) == set()
+    apart = stages_of(recipe(parts | {"finetune.attack": "pgd-2", "finetune.float_attack": "n-fgsm"}))
+    later = ["fine-tune: adversarial", "*tuned: adversarial", *ON_THE_FILE]
+    assert changed(both, apart) == matching(both, later), "the epochs in floating point are the same"
+    cheap = stages_of(recipe(parts | {"finetune.attack": "n-fgsm", "finetune.float_attack": "fgsm-rs"}))
+    assert changed(both, cheap) == matching(both, ["fine-tune in float: adversarial", *later])
 
 
 def test_a_hardening_decides_all_after_the_baseline(before, recipe, stages_of):

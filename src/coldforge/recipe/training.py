@@ -93,6 +93,9 @@ class FinetuneSpec(TrainSpec):
     below it the first of three or more. After one at least, BatchNorm stays until the network has been trained."""
     float_lr: Number = Field(default=0.0, ge=0)
     """Peak learning rate of these; 0: lr."""
+    float_attack: str = added("")
+    """Inner attack of these; empty: attack. A cheap one may do in floating point that rounding, which hides gradients
+    from a single step, makes too weak."""
     natural_lr: Number = Field(default=0.0, ge=0)
     """Peak learning rate of the natural arm, in floating point and after; 0: that of the adversarial one, which has
     farther to go."""
@@ -111,6 +114,11 @@ class FinetuneSpec(TrainSpec):
         if value in ("all", "auto") or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
             return value
         raise ValueError(f'expected a number of epochs, 0 or more, "all" or "auto", got {value!r}')
+
+    @property
+    def in_float(self) -> dict[str, object]:
+        """How the epochs in floating point are trained, where that differs from the rest."""
+        return {"lr": self.float_lr or self.lr, "attack": self.float_attack or self.attack, "bits_ramp": 0.0}
 
     def epochs_in_float(self, bits: int) -> int:
         """``float_epochs`` as a number, for the fewer of the bits of weights and activations."""

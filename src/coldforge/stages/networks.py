@@ -169,7 +169,7 @@ def _between_steps(shop: Shop) -> TrainSpec | None:
     if arm == "none":
         return None
     settings = {name: getattr(whole, name) for name in TrainSpec.model_fields}
-    settings |= {"epochs": shop.recipe.prune.step_epochs, "lr": whole.float_lr or whole.lr, "bits_ramp": 0.0}
+    settings |= {**whole.in_float, "epochs": shop.recipe.prune.step_epochs}
     settings["objective"] = "adversarial" if arm == "adversarial" else "natural"
     return TrainSpec(**settings)
 
@@ -283,15 +283,17 @@ def _parts(shop: Shop, arm: str) -> tuple[TrainSpec | None, TrainSpec | None]:
     """What of an arm's training comes before the rounding, in floating point, and what after it."""
     whole = shop.recipe.finetune
     spec = TrainSpec.model_construct(**{name: getattr(whole, name) for name in TrainSpec.model_fields})
+    in_float = whole.epochs_in_float(shop.recipe.quantize.fewest_bits)
+    first: dict[str, object] = {**whole.in_float, "epochs": in_float}
+    rest: dict[str, object] = {"epochs": whole.epochs - in_float}
     if arm == "natural":  # what only an inner attack reads must not decide the key
         plain = TrainSpec()
         inner = ("attack", "beta", "rel_eps", "soft", "temperature", "awp")
         only_adversarial = {name: getattr(plain, name) for name in inner}
         spec = spec.model_copy(update={**only_adversarial, "objective": "natural", "eps_ramp": 0.0})
-    in_float = whole.epochs_in_float(shop.recipe.quantize.fewest_bits)
-    lr = whole.natural_lr if arm == "natural" else 0.0
-    first = {"epochs": in_float, "lr": lr or whole.float_lr or whole.lr, "bits_ramp": 0.0}
-    rest: dict[str, object] = {"epochs": whole.epochs - in_float, "lr": lr or whole.lr}
+        first["attack"] = plain.attack
+        if whole.natural_lr:
+            first["lr"] = rest["lr"] = whole.natural_lr
     if in_float:
         rest["eps_ramp"] = 0.0  # the network is robust already
     before, after = spec.model_copy(update=first), spec.model_copy(update=rest)
