@@ -96,7 +96,7 @@ def training_of(folder: Path, row: str) -> Training:
         first = whole.epochs_in_float(recipe.quantize.fewest_bits)
         specs = [
             ("hardening", dense, recipe.harden, recipe.harden.epochs * recipe.harden.train),
-            ("in floating point", build(in_float), whole, first),
+            ("in floating point", build(in_float), whole.model_copy(update=whole.in_float), first),
             ("through the rounding", load_network(folder / "model")[0], whole, whole.epochs - first),
         ]
         parts += [Part(name, network, spec.model_copy(update={"epochs": n})) for name, network, spec, n in specs if n]

@@ -18,7 +18,7 @@ from torch import nn
 from coldforge import assemble, stages
 from coldforge.attacks import ThreatModel, parse_attack, parse_inner
 from coldforge.data import DataSplits, load_data
-from coldforge.errors import RecipeError
+from coldforge.errors import AttackError, RecipeError
 from coldforge.models import MEMORY, check_classifier, model_source, torch_threads
 from coldforge.progress import Progress, Step
 from coldforge.provenance import cpp_compiler, has_bf16, physical_cores
@@ -157,9 +157,19 @@ def check_trainings(recipe: Recipe, augment: str | None = None) -> None:
         AttackError: its steps cannot cross the ball.
     """
     in_float = recipe.finetune.model_copy(update=recipe.finetune.in_float)
-    for spec in (in_float, recipe.finetune, recipe.harden, recipe.reference, recipe.model.train):
-        parse_inner(spec.attack).check(ThreatModel.of(recipe.threat_model))
-        check_inner(spec, augment)
+    trainings = {
+        "finetune.float_attack" if recipe.finetune.float_attack else "finetune.attack": in_float,
+        "finetune.attack": recipe.finetune,
+        "harden.attack": recipe.harden,
+        "reference.attack": recipe.reference,
+        "model.train.attack": recipe.model.train,
+    }
+    for name, spec in trainings.items():
+        try:
+            parse_inner(spec.attack).check(ThreatModel.of(recipe.threat_model))
+            check_inner(spec, augment)
+        except (RecipeError, AttackError) as error:
+            raise type(error)(f"{name}: {error}") from error
 
 
 def _with_objects(recipe: Recipe, model: nn.Module | None, data: DataSplits | None) -> Recipe:

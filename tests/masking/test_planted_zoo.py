@@ -278,3 +278,7 @@ def test_flaws_before_a_network_of_few_bits_are_not_excused(flaw, coarse, data, 
     assert found.found < 0.3
     assert found.closeness == TIGHT
     assert not binarization_check(found).passed
+
+
+def test_the_verdict_on_a_flaw_before_a_network_of_few_bits(coarse, data, ball):
+    assert "binarization" in failed(JpegLike(coarse).eval(), data, ball)

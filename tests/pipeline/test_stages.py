@@ -95,6 +95,24 @@ def test_the_epochs_in_floating_point_may_have_an_attack_of_their_own(recipe, st
     assert changed(both, cheap) == matching(both, ["fine-tune in float: adversarial", *later])
 
 
+def test_the_control_has_the_budget_of_a_tuning_with_two_attacks(recipe, stages_of):
+    """PGD-2 passes forward and back once more than N-FGSM does."""
+    whole = {"control.train": True, "finetune.epochs": 12, "finetune.optimizer": "sgd"}
+
+    def cost(label, changes):
+        made = stages_of(recipe(whole | changes), network="zoo:cnn8")
+        return next((stage.macs for stage in made.values() if stage.label.startswith(label)), 0.0)
+
+    for changes in (
+        {"finetune.attack": "pgd-2", "finetune.float_attack": "n-fgsm", "finetune.float_epochs": 8},
+        {"finetune.attack": "n-fgsm", "finetune.float_attack": "pgd-2", "finetune.float_epochs": 8},
+        {"finetune.attack": "pgd-7", "finetune.float_attack": "n-fgsm", "finetune.float_epochs": "all"},
+        {"finetune.attack": "pgd-2"},
+    ):
+        tuned = cost("fine-tune in float: adv", changes) + cost("fine-tune: adv", changes) / 1.5  # its time
+        assert cost("control", changes) == pytest.approx(tuned, rel=0.05), changes
+
+
 def test_a_hardening_decides_all_after_the_baseline(before, recipe, stages_of):
     hard, harder = stages_of(recipe(HARDENED)), stages_of(recipe(HARDENED | {"harden.epochs": 5}))
     assert set(hard) - set(before) == {"harden: train the dense network adversarially"}

@@ -18,7 +18,7 @@ _TABLES: dict[str, Any] = {}
 _EXPORTING = threading.RLock()
 _WHOLE = {f"aten.{name}" for name in ("conv2d.default", "linear.default", "flatten.using_ints", "reshape.default")}
 _WHOLE |= {"aten.max_pool2d.default", "aten.sym_size.int"}
-"""Operators that are made of others and yet have an ONNX form of their own; torch leaves them whole, too."""
+"""Operators that are made of others and yet have an ONNX form of their own."""
 
 
 @contextmanager
@@ -56,16 +56,17 @@ def kept_table() -> Iterator[None]:
 
 
 def decompose_if_need_be(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Let ``program`` answer that it is decomposed already if no operator of it is to be: the same graph.
+    """Let ``program`` answer that it is decomposed already if no operator of it is to be.
 
     It is traced again where a node is not an operator, or one that torch takes apart, by the table it is asked with or
-    of itself, or that changes a tensor in place.
+    of itself, or that changes a tensor in place, or that nobody reads. The file computes the same; reshapes, which
+    torch turns into views and copies, can be written in other words.
     """
     decompose = program.run_decompositions
 
     def run_decompositions(table: Any = None, **options: Any) -> torch.export.ExportedProgram:
-        called = [node.target for node in program.graph.nodes if node.op not in ("placeholder", "output")]
-        done = table is not None and all(_is_whole(target, table) for target in called)
+        called = [node for node in program.graph.nodes if node.op not in ("placeholder", "output")]
+        done = table is not None and all(node.users and _is_whole(node.target, table) for node in called)
         return program if done else decompose(table, **options)
 
     program.run_decompositions = run_decompositions

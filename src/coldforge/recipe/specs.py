@@ -133,10 +133,9 @@ class QuantizeSpec(Spec):
     """Weights of 2 bits are -1, 0 and 1: zeros, but one value less."""
 
     def known_as(self, plain: dict[str, Any]) -> dict[str, Any]:
-        """Weights of 2 bits were ternary once, and others do not care; steps that are not learned stood still."""
+        """Weights of 2 bits were ternary once, and others do not care."""
         del plain["ternary"]
-        changed = {"odd_codes": self.has_odd_codes, "steps follow their filters": not self.learned_steps}
-        return plain | {what: True for what, concerns in changed.items() if concerns}
+        return plain | ({"odd_codes": True} if self.has_odd_codes else {})
 
     @property
     def enabled(self) -> bool:

@@ -18,6 +18,7 @@ from coldforge.report.plots import axis_range, bubble_px, robust_key, tradeoff_p
 
 WIDTH, HEIGHT = 320.0, 160.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40.0, 98.0, 10.0, 26.0
+_LINE = 13.0
 
 
 def tradeoff_data(record: Record) -> dict[str, Any] | None:
@@ -164,10 +165,20 @@ def line_svg(
                 f'<circle class="{line.css}" cx="{px:.1f}" cy="{py:.1f}" r="2.6"><title>{tip}</title></circle>'
             )
         ends.append((spots[-1][1], line.css, f"{write(spots[-1][3])} {line.label}".strip()))
-    previous = -math.inf
-    for py, css, words in sorted(ends):
-        previous = max(py + 3.5, previous + 13)
-        parts.append(f'<text class="end {css}" x="{WIDTH - _RIGHT + 8}" y="{previous:.1f}">{escape(words)}</text>')
+    for place, (_, css, words) in zip(_spread([py + 3.5 for py, _, _ in sorted(ends)]), sorted(ends), strict=True):
+        parts.append(f'<text class="end {css}" x="{WIDTH - _RIGHT + 8}" y="{place:.1f}">{escape(words)}</text>')
     body = "".join(parts)
     name = escape(f"{title}, {', '.join(words for _, _, words in ends) or 'no values'} after epoch {epochs[-1]}")
     return Markup(f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{name}">{body}</svg>')
+
+
+def _spread(places: Sequence[float]) -> list[float]:
+    """Heights of labels, in rising order, moved apart so that none covers another or the word below the chart."""
+    spread, lowest, highest = [], -math.inf, HEIGHT - _BOTTOM + 3.5
+    for place in places:
+        lowest = max(place, lowest + _LINE)
+        spread.append(lowest)
+    for index in reversed(range(len(spread))):
+        spread[index] = min(spread[index], highest)
+        highest = spread[index] - _LINE
+    return spread

@@ -171,6 +171,8 @@ def _between_steps(shop: Shop) -> TrainSpec | None:
     settings = {name: getattr(whole, name) for name in TrainSpec.model_fields}
     settings |= {**whole.in_float, "epochs": shop.recipe.prune.step_epochs}
     settings["objective"] = "adversarial" if arm == "adversarial" else "natural"
+    if arm == "natural":  # nothing is attacked
+        settings["attack"] = whole.attack
     return TrainSpec(**settings)
 
 
@@ -267,6 +269,8 @@ def finetune(
         settings.append("keeps BatchNorm")  # networks of older stores did not
     if spec is not None and quantization.enabled and spec.optimizer == "muon":
         settings.append("steps are stretched")  # they were left to SGD
+        if not quantization.learned_steps:
+            settings.append("steps follow their filters")  # they stood still
     cost = 0.0 if spec is None else 1.5 * training_macs(shop, spec, shop.small_macs())
     return shop.declare(
         "finetune",
@@ -303,19 +307,27 @@ def _parts(shop: Shop, arm: str) -> tuple[TrainSpec | None, TrainSpec | None]:
 def control(shop: Shop, compressed: Stage) -> Stage:
     """The same small network with fresh weights: is pruning a trained network worth anything?
 
-    Trained adversarially with the attack of the fine-tuning, for its epochs and as many more as the hardening's
-    multiply-adds would have paid for, with the optimizer and the learning rate of a baseline, in floating point, and
-    rounded afterwards: steps for weights that are still random mean nothing. Fair at 8 bits, harsh below.
+    Trained adversarially with the attack of the fine-tuning (that after the rounding, if there is one), for its epochs
+    and as many more as the hardening's multiply-adds would have paid for, or fewer, where some epochs of the tuning had
+    a cheaper attack; with the optimizer and the learning rate of a baseline, in floating point, and rounded afterwards:
+    steps for weights that are still random mean nothing. Fair at 8 bits, harsh below.
     """
     _needs_fresh_weights(shop, "control")
     whole = shop.recipe.finetune
+    before, after = _parts(shop, "adversarial")
     tuning = {name: getattr(whole, name) for name in TrainSpec.model_fields}
+    tuning["attack"] = whole.attack if after else whole.in_float["attack"]
     as_baseline = {name: getattr(shop.recipe.model.train, name) for name in _OPTIMIZER}
     spec = TrainSpec(**{**tuning, **as_baseline, "objective": "adversarial", "bits_ramp": 0.0})
-    if (hardening := shop.recipe.harden).train:
-        one = training_macs(shop, spec.model_copy(update={"epochs": 1}), shop.small_macs())
-        more = round(training_macs(shop, hardening, shop.dense_macs()) / one)
-        spec = spec.model_copy(update={"epochs": spec.epochs + more})
+    small, more = shop.small_macs(), 0.0
+    if shop.recipe.harden.train:
+        more += training_macs(shop, shop.recipe.harden, shop.dense_macs())
+    if before:
+        as_here = before.model_copy(update={"attack": spec.attack})
+        more += training_macs(shop, before, small) - training_macs(shop, as_here, small)
+    if more:
+        one = training_macs(shop, spec.model_copy(update={"epochs": 1}), small)
+        spec = spec.model_copy(update={"epochs": max(spec.epochs + round(more / one), 1)})
 
     def build(folder: Path, report: Report) -> None:
         _, structure = shop.network(compressed)
@@ -330,7 +342,7 @@ def control(shop: Shop, compressed: Stage) -> Stage:
         [compressed],
         build,
         trains=True,
-        macs=training_macs(shop, spec, shop.small_macs()),
+        macs=training_macs(shop, spec, small),
     )
 
 
