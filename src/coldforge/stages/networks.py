@@ -22,6 +22,7 @@ from coldforge.sealed import sha256_of
 from coldforge.stages.shop import Report, Shop, Stage, write_json
 from coldforge.stages.training import (
     UNTRAINED,
+    between_steps,
     joined_outcomes,
     outcome_of,
     threat_of,
@@ -119,7 +120,7 @@ def prune(shop: Shop, network: Stage, *, earlier: Stage | None = None) -> Stage:
     stage whose training belongs to the parent's: the hardening.
     """
     spec = shop.recipe.prune
-    between = _between_steps(shop) if spec.steps > 1 and spec.ratio else None
+    between = between_steps(shop) if spec.steps > 1 and spec.ratio else None
     sees_images = spec.importance.startswith("taylor")
     part = 1 / spec.steps
     each = spec.model_copy(update={"ratio": 1 - (1 - spec.ratio) ** part, "floor": spec.floor**part})
@@ -161,19 +162,6 @@ def prune(shop: Shop, network: Stage, *, earlier: Stage | None = None) -> Stage:
         trains=between is not None,
         macs=cost,
     )
-
-
-def _between_steps(shop: Shop) -> TrainSpec | None:
-    """How a network is trained between two steps of pruning; None: not at all."""
-    arm, whole = shop.recipe.deploy.arm, shop.recipe.finetune
-    if arm == "none":
-        return None
-    settings = {name: getattr(whole, name) for name in TrainSpec.model_fields}
-    settings |= {**whole.in_float, "epochs": shop.recipe.prune.step_epochs}
-    settings["objective"] = "adversarial" if arm == "adversarial" else "natural"
-    if arm == "natural":  # nothing is attacked
-        settings["attack"] = whole.attack
-    return TrainSpec(**settings)
 
 
 def _taylor(shop: Shop, network: nn.Module) -> Importance:

@@ -97,3 +97,16 @@ def training_macs(shop: Shop, spec: TrainSpec, macs: float) -> float:
     """Multiply-adds that a training of a network with ``macs`` an image will take, roughly."""
     steps = 0 if spec.objective == "natural" else parse_inner(spec.attack).steps
     return len(shop.data.train) * spec.epochs * macs * Objective(spec).passes(steps)
+
+
+def between_steps(shop: Shop) -> TrainSpec | None:
+    """How a network is trained between two steps of pruning; None: not at all."""
+    arm, whole = shop.recipe.deploy.arm, shop.recipe.finetune
+    if arm == "none":
+        return None
+    settings = {name: getattr(whole, name) for name in TrainSpec.model_fields}
+    settings |= {**whole.in_float, "epochs": shop.recipe.prune.step_epochs}
+    settings["objective"] = "adversarial" if arm == "adversarial" else "natural"
+    if arm == "natural":  # nothing is attacked
+        settings["attack"] = whole.attack
+    return TrainSpec(**settings)
