@@ -22,7 +22,7 @@ from coldforge.errors import AttackError, RecipeError
 from coldforge.models import MEMORY, check_classifier, model_source, torch_threads
 from coldforge.progress import Progress, Step
 from coldforge.provenance import cpp_compiler, has_bf16, physical_cores
-from coldforge.recipe import DataSpec, Recipe
+from coldforge.recipe import DataSpec, Recipe, TrainSpec
 from coldforge.records import Record
 from coldforge.stages import Arrow, Shop
 from coldforge.store import Store
@@ -156,14 +156,15 @@ def check_trainings(recipe: Recipe, augment: str | None = None) -> None:
         RecipeError: an attack is not known, or does nothing for its objective.
         AttackError: its steps cannot cross the ball.
     """
-    in_float = recipe.finetune.model_copy(update=recipe.finetune.in_float)
-    trainings = {
-        "finetune.float_attack" if recipe.finetune.float_attack else "finetune.attack": in_float,
+    trainings: dict[str, TrainSpec] = {
         "finetune.attack": recipe.finetune,
         "harden.attack": recipe.harden,
         "reference.attack": recipe.reference,
         "model.train.attack": recipe.model.train,
     }
+    if recipe.finetune.float_attack:
+        in_float = recipe.finetune.model_copy(update=recipe.finetune.in_float)
+        trainings["finetune.float_attack"] = in_float
     for name, spec in trainings.items():
         try:
             parse_inner(spec.attack).check(ThreatModel.of(recipe.threat_model))

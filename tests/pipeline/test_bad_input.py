@@ -64,7 +64,10 @@ def test_an_attack_that_is_not_known(start):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"finetune.objective": "trades", "finetune.attack": "fgsm"}, r"finetune\.attack: fgsm starts at the image"),
+        (
+            {"finetune.objective": "trades", "finetune.attack": "fgsm"},
+            r"finetune\.attack: fgsm starts at the image, where the gradient",
+        ),
         ({"finetune.float_attack": "pgd"}, r"finetune\.float_attack: unknown inner attack 'pgd'"),
         ({"harden.attack": "pgd"}, r"harden\.attack: unknown inner attack 'pgd'"),
         ({"finetune.attack": "fgsm-reuse"}, r"fgsm-reuse starts where .*; expected data\.augment = \"none\""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -67,3 +68,23 @@ def test_a_harmless_percent_does_not_look_like_a_mountain() -> None:
     assert 0 < low["epoch 1: 0.0"] - low["epoch 3: 1.0"] < 0.25 * low["epoch 1: 0.0"], "it stands in the lowest quarter"
     grown = heights(curve_charts(curve(beyond_gradients=[0.0, 0.02, 0.3]), "a")[-1])
     assert grown["epoch 3: 30.0"] < grown["epoch 2: 2.0"], "and much of it is not cut off"
+
+
+def test_labels_stand_apart_from_each_other_and_from_the_axis() -> None:
+    """All at 0 is the usual case of what Square broke; all at the top happens to accuracies."""
+    nothing, everything = [0.0] * 3, [1.0] * 3
+    charts = [
+        curve_charts(curve(beyond_gradients=nothing, averaged_beyond_gradients=nothing), "a")[-1],
+        curve_charts(
+            curve(clean_accuracy=everything, robust_accuracy=everything, averaged_robust_accuracy=everything), "a"
+        )[0],
+        curve_charts(curve(clean_accuracy=nothing, robust_accuracy=nothing, averaged_robust_accuracy=nothing), "a")[0],
+    ]
+    for chart in charts:
+        right = re.findall(r'<text class="end [\w-]+" x="([\d.]+)" y="([\d.]+)">', chart.svg)
+        below = re.search(r'<text class="tick" x="([\d.]+)" y="([\d.]+)">epoch</text>', chart.svg)
+        assert below
+        places = [float(y) for _, y in right] + [float(below[2])]
+        assert len({x for x, _ in right} | {below[1]}) == 1, "one above the other"
+        assert len(places) >= 3
+        assert all(b - a > 11 for a, b in itertools.pairwise(places)), "a line of 11 pixels"

@@ -74,10 +74,8 @@ def curve_charts(curve: Sequence[CurvePoint], label: str) -> list[Chart]:
     accuracy = [
         Series("clean", "line-clean", [_percent(point.clean_accuracy) for point in curve]),
         Series("robust", "line-robust", [_percent(point.robust_accuracy) for point in curve]),
+        Series("averaged", "line-averaged", [_percent(point.averaged_robust_accuracy) for point in curve]),
     ]
-    averaged = [_percent(point.averaged_robust_accuracy) for point in curve]
-    if any(value is not None for value in averaged):
-        accuracy.append(Series("averaged", "line-averaged", averaged))
     charts = [
         Chart(
             "Validation accuracy, %",
@@ -102,9 +100,9 @@ def curve_charts(curve: Sequence[CurvePoint], label: str) -> list[Chart]:
         Series("", "line-robust", [_percent(point.beyond_gradients) for point in curve]),
         Series("averaged", "line-averaged", [_percent(point.averaged_beyond_gradients) for point in curve]),
     ]
-    beyond = [line for line in beyond if any(value is not None for value in line.values)]
-    if beyond:
-        top = _round_up(max(value for line in beyond for value in (*line.values, 5.0) if value is not None))
+    broken = [value for line in beyond for value in line.values if value is not None]
+    if broken:
+        top = _round_up(max(5.0, *broken))
         name = f"{label}: broken by Square after PGD"
         charts.append(Chart("Broken by Square after PGD, %", line_svg(epochs, beyond, name, top, lambda v: f"{v:.1f}")))
     return charts
@@ -131,7 +129,10 @@ def _round_up(value: float) -> float:
 def line_svg(
     epochs: Sequence[int], series: Sequence[Series], title: str, top: float, write: Callable[[float], str]
 ) -> Markup:
-    """A line chart from 0 to ``top`` over ``epochs``, each line labelled with its last value at its right end."""
+    """A line chart from 0 to ``top`` over ``epochs``, each line labelled with its last value at its right end.
+
+    Lines without any value are left out.
+    """
     inner_w, inner_h = WIDTH - _LEFT - _RIGHT, HEIGHT - _TOP - _BOTTOM
     first, span = epochs[0], max(1, epochs[-1] - epochs[0])
 
@@ -165,7 +166,8 @@ def line_svg(
                 f'<circle class="{line.css}" cx="{px:.1f}" cy="{py:.1f}" r="2.6"><title>{tip}</title></circle>'
             )
         ends.append((spots[-1][1], line.css, f"{write(spots[-1][3])} {line.label}".strip()))
-    for place, (_, css, words) in zip(_spread([py + 3.5 for py, _, _ in sorted(ends)]), sorted(ends), strict=True):
+    labels = sorted(ends)
+    for place, (_, css, words) in zip(_spread([py + 3.5 for py, _, _ in labels]), labels, strict=True):
         parts.append(f'<text class="end {css}" x="{WIDTH - _RIGHT + 8}" y="{place:.1f}">{escape(words)}</text>')
     body = "".join(parts)
     name = escape(f"{title}, {', '.join(words for _, _, words in ends) or 'no values'} after epoch {epochs[-1]}")
