@@ -84,6 +84,13 @@ def test_every_size_is_tried_by_itself(task: Task) -> None:
     assert (tiles.of(17), tiles.of(16), tiles.of(25)) == (TILE, 16, 32)
 
 
+def test_a_judge_is_shown_a_few_at_a_time() -> None:
+    even = Tiles(lambda x: x.flatten(1)[:, :4], SHAPE, gradients=False)
+    assert [even.of(count) for count in (1, 2, 3, 5, 9, 1000)] == [2, 2, 4, MULTIPLE, 16, TILE]
+    picky = Tiles(lambda x: x.flatten(1)[:, :4] * (1.0 + 1e-6 * (len(x) == 4)), SHAPE, gradients=False)
+    assert [picky.of(count) for count in (1, 3, 4)] == [2, MULTIPLE, MULTIPLE], "where a size answers otherwise, the next"
+
+
 def test_a_network_whose_images_see_each_other_keeps_its_tile(task: Task) -> None:
     model, _, _ = task
 
@@ -109,7 +116,7 @@ def test_a_network_that_takes_one_size_only_keeps_it(task: Task) -> None:
 def test_sizes_that_are_worth_it(task: Task) -> None:
     tiles = Tiles(task[0], SHAPE, gradients=True)
     assert tiles.next(TILE, 3, 2) == TILE, "trying takes longer than what is left"
-    assert (tiles.of(3), tiles.of(33), tiles.of(1000)) == (MULTIPLE, 40, TILE)
+    assert (tiles.of(33), tiles.of(1000)) == (40, TILE)
     assert tiles.next(TILE, 60, 1000) == TILE
     assert tiles.next(TILE, 33, 1000) == 40
     assert tiles.next(TILE, 3, 2) == MULTIPLE, "known by now"

@@ -139,6 +139,48 @@ def test_fused_networks_compute_the_same(residual):
         torch.testing.assert_close(fast(images), expected)
 
 
+class Sums(nn.Module):
+    """Sums behind convolutions: of one and an earlier value, of two, the other way round, of one with itself, of one
+    and a value of another shape, and one that is read twice.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(3 if i == 0 else 6, 6, 3, padding=1) for i in range(8)])
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        c = self.convs
+        x = torch.relu(c[0](x))
+        x = torch.relu(c[1](x) + x)
+        x = torch.relu(torch.add(c[2](x), c[3](x)))
+        x = torch.relu(x + c[4](x))
+        y = c[5](x)
+        x = torch.relu(y + y)
+        x = torch.relu(c[6](x) + x.mean((2, 3), keepdim=True))
+        total = c[7](x) + x
+        return self.head((torch.relu(total) + 0.1 * total).mean((2, 3)))
+
+
+@pytest.mark.skipif(not fast_module._can_fuse(), reason="torch has no fused kernel for this processor")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_sums_are_part_of_a_convolution_too(precision):
+    torch.manual_seed(0)
+    model, images = Sums().eval(), torch.rand(5, 3, 9, 7)
+    fast = fast_copy(model, precision)
+    network = fast if precision == "fp32" else fast.network
+    left = [node for node in network.graph.nodes if fast_module._is_sum(node)]
+    assert len(left) == 2, "of the six sums of two values, those of the last lines stay"
+    (logits, gradient), (expected, wanted) = (query(m, images, torch.cos) for m in (fast, model))
+    near = {} if precision == "fp32" else {"atol": 0.03, "rtol": 0.03}
+    torch.testing.assert_close(logits, expected, **near)
+    if precision == "fp32":
+        torch.testing.assert_close(gradient, wanted)
+    assert torch.cosine_similarity(gradient.flatten(1), wanted.flatten(1)).min() > 0.99
+    with torch.no_grad():
+        torch.testing.assert_close(fast(images), logits)
+
+
 def test_without_the_kernel_nothing_is_fused(residual, monkeypatch):
     monkeypatch.setattr(fast_module, "_can_fuse", lambda: False)
     images = torch.rand(5, 3, 12, 12)

@@ -17,6 +17,8 @@ from coldforge.attacks.query import TILE, Classifier, query, untouched
 
 MULTIPLE = 8
 """Tiles have a multiple of this many images."""
+_FEW = (2, 4)
+"""Smaller sizes, for images that are asked about once: a judge is mostly shown one or two."""
 _WORTH = 4
 """A size is tried only where it promises to save so many times the images that trying it takes."""
 _SHRINK = 0.75
@@ -54,8 +56,8 @@ class Tiles:
 
     def of(self, images: int) -> int:
         """The size in which so many images are answered once."""
-        size = min(_rounded_up(images), TILE)
-        return size if self.alike(size) else TILE
+        sizes = (*_FEW, min(_rounded_up(images), TILE))
+        return next((size for size in sizes if size >= min(images, TILE) and self.alike(size)), TILE)
 
     def alike(self, size: int) -> bool:
         """Whether each image of a tile of ``size``, a smaller one, gets what it gets in one of the usual size."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import operator
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -53,6 +54,9 @@ class _Bfloat16(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+        for layer in network.modules():
+            if type(layer) is nn.Conv2d:
+                layer.to(torch.bfloat16)  # once, not in every pass
         last = [m for m in network.modules() if _is_linear(m)][-1:]
         for layer in last:
             layer.forward = partial(_in_float32, layer.forward)
@@ -77,25 +81,18 @@ def _in_float32(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
 
 
 class _Convolution(torch.autograd.Function):
-    """A convolution, with the ReLU behind it if there is one: one pass over memory instead of two, to the same bits.
+    """A convolution, with the sum and the ReLU behind it if there are any: one pass over memory instead of three.
 
     The gradient by an image of one channel is a product of matrices and a sum of shifted images: in the usual form one
     channel fills no vector.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: _How, rectified: bool) -> Tensor:
-        kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        given, weight = x.dtype, weight.to(kind)
-        x, bias = x.to(kind), None if bias is None else bias.to(kind)
-        if rectified:
-            result: Tensor = torch.ops.mkldnn._convolution_pointwise(
-                x, weight, bias, how.padding, how.stride, how.dilation, how.groups, "relu", [], ""
-            )
-        else:
-            result = F.conv2d(x, weight, bias, how.stride, how.padding, how.dilation, how.groups)
-        ctx.save_for_backward(x, weight, result if rectified else None)
-        ctx.how, ctx.given = how, given
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, how: _How) -> Tensor:
+        given, (x, weight, bias) = x.dtype, _as_wanted(x, weight, bias)
+        result = _compute(x, weight, bias, other, how)
+        ctx.save_for_backward(x, weight, result if how.rectified else None)
+        ctx.how, ctx.given, ctx.added = how, given, None if other is None else other.dtype
         ctx.set_materialize_grads(False)  # no gradient is not one of zeros: it must be refused
         return result
 
@@ -112,7 +109,29 @@ class _Convolution(torch.autograd.Function):
             image, _, _ = torch.ops.aten.convolution_backward(
                 grad, x, weight, None, how.stride, how.padding, how.dilation, False, (0, 0), how.groups, _BY_INPUT
             )
-        return image.to(ctx.given), None, None, None, None
+        return image.to(ctx.given), None, None, None if ctx.added is None else grad.to(ctx.added), None
+
+
+def _as_wanted(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """In the type in which autocast wants convolutions."""
+    kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return x.to(kind), weight.to(kind), None if bias is None else bias.to(kind)
+
+
+def _compute(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, how: _How) -> Tensor:
+    result: Tensor
+    if not how.rectified:
+        result = F.conv2d(x, weight, bias, how.stride, how.padding, how.dilation, how.groups)
+    elif other is None:
+        result = torch.ops.mkldnn._convolution_pointwise(
+            x, weight, bias, how.padding, how.stride, how.dilation, how.groups, "relu", [], ""
+        )
+    else:
+        other = other.to(x.dtype)
+        result = torch.ops.mkldnn._convolution_pointwise.binary(
+            x, other, weight, bias, how.padding, how.stride, how.dilation, how.groups, "add", 1.0, "relu", [], ""
+        )
+    return result
 
 
 _BY_INPUT = (True, False, False)
@@ -129,6 +148,8 @@ class _How:
     dilation: tuple[int, ...]
     groups: int
     reads_one_channel: bool
+    rectified: bool = False
+    """Whether the ReLU behind it is part of it."""
 
 
 def _gradient_of_one_channel(grad: Tensor, weight: Tensor, padding: tuple[int, ...], shape: torch.Size) -> Tensor:
@@ -148,10 +169,10 @@ def _gradient_of_one_channel(grad: Tensor, weight: Tensor, padding: tuple[int, .
 
 def _hasten(network: nn.Module) -> None:
     """Let the convolutions of a copy compute as :class:`_Convolution` does, where that is faster; in place."""
-    rectified = _fuse_relu(network) if isinstance(network, fx.GraphModule) and _can_fuse() else set()
+    rectified = _fuse(network) if isinstance(network, fx.GraphModule) and _can_fuse() else set()
     for name, layer in network.named_modules():
         if (how := _how(layer)) and (how.reads_one_channel or name in rectified):
-            layer.forward = partial(_convolve, layer, how, name in rectified)
+            layer.forward = partial(_convolve, layer, replace(how, rectified=name in rectified))
 
 
 def _how(layer: nn.Module) -> _How | None:
@@ -168,27 +189,59 @@ def _how(layer: nn.Module) -> _How | None:
     return _How(layer.stride, layer.padding, layer.dilation, layer.groups, gray)
 
 
-def _convolve(layer: nn.Conv2d | QuantizedLayer, how: _How, rectified: bool, x: Tensor) -> Tensor:
+def _convolve(layer: nn.Conv2d | QuantizedLayer, how: _How, x: Tensor, other: Tensor | None = None) -> Tensor:
+    """``other`` is added before the ReLU."""
     weight, bias = layer.rounded() if isinstance(layer, QuantizedLayer) else (layer.weight, layer.bias)
-    result: Tensor = _Convolution.apply(x, weight, bias, how, rectified)  # type: ignore[no-untyped-call]
+    if other is not None and other.shape != _shape(x, weight, how):
+        return torch.relu(F.conv2d(x, weight, bias, how.stride, how.padding, how.dilation, how.groups) + other)
+    if not torch.is_grad_enabled():
+        return _compute(*_as_wanted(x, weight, bias), other, how)
+    result: Tensor = _Convolution.apply(x, weight, bias, other, how)  # type: ignore[no-untyped-call]
     return result
 
 
-def _fuse_relu(network: fx.GraphModule) -> set[str]:
-    """Take each ReLU out that alone reads a convolution; the names of these convolutions, which must do its work."""
+def _shape(x: Tensor, weight: Tensor, how: _How) -> tuple[int, ...]:
+    """Of what a convolution makes of ``x``."""
+    sides = zip(x.shape[2:], weight.shape[2:], how.stride, how.padding, how.dilation, strict=True)
+    return len(x), len(weight), *((n + 2 * pad - reach * (k - 1) - 1) // step + 1 for n, k, step, pad, reach in sides)
+
+
+def _fuse(network: fx.GraphModule) -> set[str]:
+    """Take out each ReLU that alone reads a convolution, or that alone reads a sum of one and something else; the names
+    of these convolutions, which must do that work.
+    """
     modules = dict(network.named_modules())
     calls = Counter(str(node.target) for node in network.graph.nodes if node.op == "call_module")
     found = set()
+
+    def is_free(node: object) -> TypeGuard[fx.Node]:
+        """Whether this convolution is called once, and read once."""
+        if not isinstance(node, fx.Node) or node.op != "call_module" or str(node.target) in found:
+            return False
+        return _how(modules[str(node.target)]) is not None and len(node.users) == 1 == calls[str(node.target)]
+
     for node in list(network.graph.nodes):
-        if node.op != "call_module" or _how(modules[str(node.target)]) is None or len(node.users) != 1:
+        if not _is_relu(node, modules) or not node.args or not isinstance(read := node.args[0], fx.Node):
             continue
-        (reader,) = node.users
-        if calls[str(node.target)] == 1 and _is_relu(reader, modules):
-            reader.replace_all_uses_with(node)
-            network.graph.erase_node(reader)
-            found.add(str(node.target))
+        parts = read.args if _is_sum(read) and len(read.users) == 1 else (read,)
+        conv = next(filter(is_free, parts), None)
+        if conv is None:
+            continue
+        rest = [part for part in parts if part is not conv]
+        with network.graph.inserting_before(node):
+            fused = network.graph.call_module(str(conv.target), (*conv.args, *rest), conv.kwargs)
+        node.replace_all_uses_with(fused)
+        for old in dict.fromkeys((node, read, conv)):
+            network.graph.erase_node(old)
+        found.add(str(conv.target))
     network.recompile()
     return found
+
+
+def _is_sum(node: fx.Node) -> bool:
+    """Of two tensors, as far as can be seen."""
+    plain = node.op == "call_function" and node.target in (operator.add, torch.add) and not node.kwargs
+    return plain and len(node.all_input_nodes) == 2 == len(node.args)
 
 
 def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
