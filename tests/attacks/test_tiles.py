@@ -88,7 +88,9 @@ def test_a_judge_is_shown_a_few_at_a_time() -> None:
     even = Tiles(lambda x: x.flatten(1)[:, :4], SHAPE, gradients=False)
     assert [even.of(count) for count in (1, 2, 3, 5, 9, 1000)] == [2, 2, 4, MULTIPLE, 16, TILE]
     picky = Tiles(lambda x: x.flatten(1)[:, :4] * (1.0 + 1e-6 * (len(x) == 4)), SHAPE, gradients=False)
-    assert [picky.of(count) for count in (1, 3, 4)] == [2, MULTIPLE, MULTIPLE], "where a size answers otherwise, the next"
+    assert [picky.of(count) for count in (1, 3, 4)] == [2, MULTIPLE, MULTIPLE], (
+        "where a size answers otherwise, the next"
+    )
 
 
 def test_a_network_whose_images_see_each_other_keeps_its_tile(task: Task) -> None:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -214,22 +214,22 @@ def _fuse(network: fx.GraphModule) -> set[str]:
     calls = Counter(str(node.target) for node in network.graph.nodes if node.op == "call_module")
     found = set()
 
-    def is_free(node: object) -> TypeGuard[fx.Node]:
-        """Whether this convolution is called once, and read once."""
-        if not isinstance(node, fx.Node) or node.op != "call_module" or str(node.target) in found:
+    def is_free(node: fx.Node) -> bool:
+        """Whether this is a convolution that is called once, in the plain way, and read once."""
+        if node.op != "call_module" or str(node.target) in found or len(node.args) != 1 or node.kwargs:
             return False
         return _how(modules[str(node.target)]) is not None and len(node.users) == 1 == calls[str(node.target)]
 
     for node in list(network.graph.nodes):
         if not _is_relu(node, modules) or not node.args or not isinstance(read := node.args[0], fx.Node):
             continue
-        parts = read.args if _is_sum(read) and len(read.users) == 1 else (read,)
-        conv = next(filter(is_free, parts), None)
+        parts = read.all_input_nodes if _is_sum(read) and len(read.users) == 1 else [read]
+        conv = next((part for part in parts if is_free(part)), None)
         if conv is None:
             continue
         rest = [part for part in parts if part is not conv]
         with network.graph.inserting_before(node):
-            fused = network.graph.call_module(str(conv.target), (*conv.args, *rest), conv.kwargs)
+            fused = network.graph.call_module(str(conv.target), (*conv.args, *rest))
         node.replace_all_uses_with(fused)
         for old in dict.fromkeys((node, read, conv)):
             network.graph.erase_node(old)
@@ -254,12 +254,13 @@ def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 @functools.cache
 def _can_fuse() -> bool:
-    """Whether this machine's torch has the fused kernel, with the result of the two operators, to the bit."""
+    """Whether this machine's torch has the fused kernels, with the result of the single operators, to the bit."""
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(2, 16, 5, 5, generator=generator), torch.randn(16, 16, 3, 3, generator=generator)
+    plain, how = F.conv2d(x, weight, padding=1), _How((1, 1), (1, 1), (1, 1), 1, False, rectified=True)
     try:
         with torch.no_grad():
-            fused = torch.ops.mkldnn._convolution_pointwise(x, weight, None, [1, 1], [1, 1], [1, 1], 1, "relu", [], "")
+            fused, added = (_compute(x, weight, None, other, how) for other in (None, x))
     except (RuntimeError, AttributeError, TypeError, NotImplementedError):
         return False
-    return torch.equal(fused, F.conv2d(x, weight, padding=1).relu())
+    return torch.equal(fused, plain.relu()) and torch.equal(added, (plain + x).relu())
