@@ -218,6 +218,19 @@ def test_a_checkpoint_from_before_the_last_input_was_at_the_edge_has_its_bits(sa
     assert bits == {"today": [8, *[6] * (len(bits["today"]) - 2), 8], "before": [8, *[6] * (len(bits["today"]) - 1)]}
 
 
+def test_a_checkpoint_from_before_sums_were_at_the_edge_has_its_bits(tmp_path: Path) -> None:
+    structure = Structure(
+        source="zoo:resnet20", image_shape=(3, 8, 8), classes=("a", "b"), mean=(0.0,) * 3, std=(1.0,) * 3
+    )
+    structure = structure.rounded(QuantizeSpec(weight_bits=4, activation_bits=4))
+    before = Structure.model_validate_json(structure.model_dump_json(exclude={"sums_at_edge"}))
+    assert (structure.sums_at_edge, before.sums_at_edge) == (True, False)
+    for described, wide in ((structure, 14), (before, 2)):
+        save_network(tmp_path, build(described), described)
+        network, _ = load_network(tmp_path)
+        assert [part.bits for part in network.modules() if isinstance(part, ActivationQuantizer)].count(8) == wide
+
+
 @pytest.mark.parametrize("kept", [0, 5, 100, 5000, -1])
 def test_a_truncated_checkpoint_is_damaged(saved: Callable[[], Path], kept: int) -> None:
     folder = saved()

@@ -248,7 +248,21 @@ def test_first_and_last_layer_and_the_image_keep_edge_bits(make: Build) -> None:
     network = insert_quantizers(normalized(resnet20(), MEAN, STD), spec(2, edge_bits=6))
     assert [name for name, layer in layers(network).items() if layer.bits == 6] == ["network.conv1", "network.linear"]
     assert [layer.input_quantizer.bits for layer in layers(network).values()][-1] == 6  # past the pooling
-    assert [part.bits for part in quantizers(network).values()].count(6) == 2
+    older = insert_quantizers(normalized(resnet20(), MEAN, STD), spec(2, edge_bits=6), sums_at_edge=False)
+    assert [part.bits for part in quantizers(older).values()].count(6) == 2
+
+
+def test_what_only_sums_and_poolings_read_has_edge_bits() -> None:
+    network = insert_quantizers(normalized(resnet20(), MEAN, STD), spec(4, edge_bits=8))
+    multiplied = {layer.input_quantizer for layer in layers(network).values()}
+    assert {part.bits for part in multiplied} == {4, 8}
+    for part in quantizers(network).values():
+        if part not in multiplied:
+            assert part.bits == 8
+    # the image and what the last layer reads; two branches of each of the nine sums but for seven plain shortcuts; the last sum
+    assert [part.bits for part in quantizers(network).values()].count(8) == 2 + 9 + 2 + 1
+    fewer = insert_quantizers(normalized(resnet20(), MEAN, STD), spec(8, edge_bits=4))
+    assert {part.bits for part in quantizers(fewer).values()} == {8}
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

@@ -45,7 +45,8 @@ class Structure(Spec):
     """Quantizers inserted; None: floating point."""
     last_input_at_edge: bool = added(False)
     """What the last layer reads has ``quantization.edge_bits``, too; False in checkpoints from before that was so."""
-
+    sums_at_edge: bool = added(False)
+    """So has what only sums, concatenations and poolings read; False in checkpoints from before that was so."""
     odd_codes: bool = added(False)
     """Weights of 2 bits have the codes -3, -1, 1 and 3; False in checkpoints from before that was so, which are
     ternary whatever ``quantization`` says."""
@@ -54,8 +55,8 @@ class Structure(Spec):
         """The description after :func:`coldforge.compress.quantize` with that spec."""
         if not spec.enabled:
             return self.model_copy(update={"quantization": None})
-        changes = {"quantization": spec, "last_input_at_edge": True, "odd_codes": spec.has_odd_codes}
-        return self.model_copy(update=changes)
+        at_edge = {"last_input_at_edge": True, "sums_at_edge": True}
+        return self.model_copy(update={"quantization": spec, **at_edge, "odd_codes": spec.has_odd_codes})
 
 
 def build(structure: Structure, source: ModelSource | None = None, *, seed: int = 0) -> nn.Module:
@@ -77,6 +78,7 @@ def build(structure: Structure, source: ModelSource | None = None, *, seed: int 
             network,
             structure.quantization.model_copy(update={"calibration": "minmax", "ternary": not structure.odd_codes}),
             last_input_at_edge=structure.last_input_at_edge,
+            sums_at_edge=structure.sums_at_edge,
         )
     return network.eval()
 

@@ -67,7 +67,12 @@ def quantize(
 
 
 def insert_quantizers(
-    model: nn.Module, spec: QuantizeSpec, *, keep_batchnorm: bool = False, last_input_at_edge: bool = True
+    model: nn.Module,
+    spec: QuantizeSpec,
+    *,
+    keep_batchnorm: bool = False,
+    last_input_at_edge: bool = True,
+    sums_at_edge: bool = True,
 ) -> nn.Module:
     """A copy of ``model`` with BatchNorm folded and quantizers inserted, not yet calibrated.
 
@@ -79,6 +84,9 @@ def insert_quantizers(
         keep_batchnorm: as in :func:`quantize`.
         last_input_at_edge: what the last layer reads has ``spec.edge_bits``, too, like its weights; False for
             checkpoints from before that was so.
+        sums_at_edge: so has what no layer with weights reads, only additions, concatenations and poolings; False as
+            above. Bits of activations are those of what is multiplied, as in LSQ (Esser et al. 2020), where sums are
+            not rounded at all; here a value that a layer reads, too, has one grid for all.
     """
     if not spec.enabled:
         return copy.deepcopy(model)
@@ -86,12 +94,13 @@ def insert_quantizers(
     modules = dict(network.named_modules())
     edges = _edges(network)
     last_input = _origin(edges[-1].all_input_nodes[0], modules) if edges and last_input_at_edge else None
+    multiplied = {_origin(layer.all_input_nodes[0], modules) for layer in _layers(network)}
     for node in list(network.graph.nodes):
         for source in _values_read(node, modules):
             if isinstance(modules.get(str(source.target)), ActivationQuantizer):
                 continue
             reads_image = _is_image(source, modules)
-            at_edge = reads_image or source is last_input
+            at_edge = reads_image or source is last_input or (sums_at_edge and source not in multiplied)
             bits = max(spec.activation_bits, spec.edge_bits) if at_edge else spec.activation_bits
             quantizer = ActivationQuantizer(bits, reads_image=reads_image)
             quantizer.step.requires_grad_(spec.learned_steps and not reads_image)
