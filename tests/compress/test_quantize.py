@@ -259,8 +259,9 @@ def test_what_only_sums_and_poolings_read_has_edge_bits() -> None:
     for part in quantizers(network).values():
         if part not in multiplied:
             assert part.bits == 8
-    # the image and what the last layer reads; two branches of each of the nine sums but for seven plain shortcuts; the last sum
-    assert [part.bits for part in quantizers(network).values()].count(8) == 2 + 9 + 2 + 1
+    image_and_last_input, branches, shortcuts_with_weights, last_sum = 2, 9, 2, 1
+    expected = image_and_last_input + branches + shortcuts_with_weights + last_sum
+    assert [part.bits for part in quantizers(network).values()].count(8) == expected
     fewer = insert_quantizers(normalized(resnet20(), MEAN, STD), spec(8, edge_bits=4))
     assert {part.bits for part in quantizers(fewer).values()} == {8}
 
