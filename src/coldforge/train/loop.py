@@ -188,7 +188,7 @@ class _Attempt:
         self._total = self._per_epoch * spec.epochs
         self._fabric = make_fabric(precision)
         self._network = channels_last(copy.deepcopy(model))
-        optimizer = make_optimizer(self._network, spec)
+        optimizer = make_optimizer(self._network, spec, precision)
         self._inner = retry.inner_attack(spec, state)
         self._objective = Objective(spec, self._taught_by(teacher))
         passes = self._objective.passes(self._inner.steps if self._inner else 0)

@@ -25,14 +25,14 @@ def make_fabric(precision: str):  # type: ignore[no-untyped-def]  # Fabric's gen
     return fabric
 
 
-def make_optimizer(network: nn.Module, spec: TrainSpec) -> torch.optim.SGD:
-    """SGD or Muon over everything that ``network`` learns."""
-    kind = Muon if spec.optimizer == "muon" else torch.optim.SGD
-    apart: dict[str, list[nn.Parameter]] = {}
-    if kind is Muon:
-        apart = {"turns": turned(network), "stretches": list(quantizer_steps(network).values())}
+def make_optimizer(network: nn.Module, spec: TrainSpec, precision: str = "fp32") -> torch.optim.SGD:
+    """SGD or Muon over everything that ``network`` learns; in ``"bf16"`` Muon makes large matrices orthogonal in it."""
+    rates = {"lr": spec.lr, "momentum": spec.momentum, "nesterov": spec.nesterov}
+    if spec.optimizer == "sgd":
+        return torch.optim.SGD(_parameter_groups(network, spec.weight_decay, {}), **rates)  # type: ignore[arg-type]
+    apart = {"turns": turned(network), "stretches": list(quantizer_steps(network).values())}
     groups = _parameter_groups(network, spec.weight_decay, apart)
-    return kind(groups, lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov)
+    return Muon(groups, dtype=torch.bfloat16 if precision == "bf16" else torch.float32, **rates)
 
 
 def turned(network: nn.Module) -> list[nn.Parameter]:
