@@ -59,8 +59,8 @@ class Muon(torch.optim.SGD):
     MLSys 2020 (there by Adam). With plain SGD (LSQ) a small step next to a layer that turns is carried to either end of
     its range.
 
-    Arguments as those of :class:`torch.optim.SGD`, and ``dtype``, in which matrices of at least ``WIDE`` rows and columns
-    are made orthogonal.
+    Arguments as those of :class:`torch.optim.SGD`, and ``dtype``, in which matrices of at least ``WIDE`` rows and
+    columns are made orthogonal.
     """
 
     def __init__(self, params: Any, *, dtype: torch.dtype = torch.float32, **kwargs: Any) -> None:
