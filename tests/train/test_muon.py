@@ -9,7 +9,7 @@ from torch import nn
 from coldforge.compress import QuantizedLayer
 from coldforge.recipe import TrainSpec
 from coldforge.train import train
-from coldforge.train.muon import STRETCH, Muon, macs_of_a_step, orthogonal
+from coldforge.train.muon import STRETCH, WIDE, Muon, macs_of_a_step, orthogonal
 from coldforge.train.optimizer import filter_norms, follow, make_optimizer, turned
 
 
@@ -33,6 +33,33 @@ def test_orthogonal_is_near_the_polar_factor(rows, columns, scale, seed):
 
 def test_of_nothing_nothing():
     assert torch.equal(orthogonal(torch.zeros(3, 5)), torch.zeros(3, 5))
+    assert torch.equal(orthogonal(torch.zeros(3, 5), dtype=torch.bfloat16), torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("shape", [(64, 100), (100, 64)])
+def test_in_bfloat16_the_factor_is_as_orthogonal(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    exact, found = orthogonal(matrix), orthogonal(matrix, dtype=torch.bfloat16)
+    assert found.dtype == matrix.dtype
+    assert 0 < (found - exact).norm() / exact.norm() < 0.03
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+
+
+@pytest.mark.parametrize(("filters", "same"), [(WIDE, False), (WIDE - 1, True)])
+def test_only_large_matrices_are_made_orthogonal_in_bfloat16(filters, same):
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(8, filters, 3), nn.Flatten(), nn.Linear(filters, 2))
+    weight = layers[0].weight
+    start, gradient, found = weight.detach().clone(), torch.randn_like(weight), []
+    for precision in ("fp32", "bf16"):
+        weight.data.copy_(start)
+        weight.grad = gradient.clone()
+        make_optimizer(layers, TrainSpec(optimizer="muon", lr=0.1), precision).step()
+        found.append(weight.detach().clone())
+    assert torch.equal(*found) == same
+    assert torch.allclose(*found, atol=1e-2 * float(start.norm()) / start.numel() ** 0.5)
 
 
 @pytest.fixture
