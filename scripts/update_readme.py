@@ -2,11 +2,11 @@
 """Write the tables of README.md and docs/ from the records they name: `python scripts/update_readme.py [--check]`.
 
 A table stands between `<!-- KIND: PATH -->` and `<!-- end -->`. PATH is a file, from the root of the repository. KIND
-is `table` (a record.json), `clipping`, `attack_parity`, `attack_peers`, `attack_speed`, `int4` (by the benchmarks of
-that name), `sweep` (the table.csv of a sweep), `sweep_seconds`, `sweep_sizes`, `sweep_trials` or `sweep_workers` (by
-sweep_scale), `paper_figure`, `paper_claims` or `paper_readings` (by paper_figure), one of the tables of
-benchmarks/tables.py, or, with the folder of the records as PATH, `recipe_results`, `recipe_cifar10`, `recipe_paper`,
-`recipe_lite`, `sensitivity` or `goals`. Where there is no record yet, it says so.
+is `table` (a record.json), `clipping`, `attack_parity`, `attack_peers`, `attack_speed`, `int4`, `rounding_cost` (by
+the benchmarks of that name), `sweep` (the table.csv of a sweep), `sweep_seconds`, `sweep_sizes`, `sweep_trials` or
+`sweep_workers` (by sweep_scale), `paper_figure`, `paper_claims` or `paper_readings` (by paper_figure), one of the
+tables of benchmarks/tables.py, or, with the folder of the records as PATH, `recipe_results`, `recipe_cifar10`,
+`recipe_paper`, `recipe_lite`, `sensitivity` or `goals`. Where there is no record yet, it says so.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import recipe_results  # noqa: E402
+import rounding_cost  # noqa: E402
 import tables  # noqa: E402
 
 DOCS = ("architecture", "evidence", "int4", "paper", "performance", "recipes", "results", "scale")
@@ -43,7 +44,7 @@ def filled(text: str) -> str:
     kinds |= {"attack_parity": attack_parity, "attack_peers": attack_peers, "attack_speed": attack_speed}
     kinds |= {"sweep": sweep, "recipe_results": recipe_results.table, "recipe_paper": recipe_results.paper_table}
     kinds |= {"recipe_lite": recipe_results.lite_table, "recipe_cifar10": partial(recipe_results.table, data="cifar10")}
-    kinds |= {"sweep_seconds": sweep_seconds, "sweep_sizes": sweep_sizes}
+    kinds |= {"rounding_cost": rounding_cost.table, "sweep_seconds": sweep_seconds, "sweep_sizes": sweep_sizes}
     kinds |= {"sweep_trials": sweep_trials, "sweep_workers": sweep_workers}
     kinds |= {kind: partial(benchmark, table) for kind, table in tables.TABLES.items()}
     kinds |= {"paper_figure": paper_figure, "paper_claims": paper_claims, "paper_readings": paper_readings}

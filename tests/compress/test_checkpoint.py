@@ -223,9 +223,11 @@ def test_a_checkpoint_from_before_sums_were_at_the_edge_has_its_bits(tmp_path: P
         source="zoo:resnet20", image_shape=(3, 8, 8), classes=("a", "b"), mean=(0.0,) * 3, std=(1.0,) * 3
     )
     structure = structure.rounded(QuantizeSpec(weight_bits=4, activation_bits=4))
-    before = Structure.model_validate_json(structure.model_dump_json(exclude={"sums_at_edge"}))
-    assert (structure.sums_at_edge, before.sums_at_edge) == (True, False)
-    for described, wide in ((structure, 14), (before, 2)):
+    one_grid = Structure.model_validate_json(structure.model_dump_json(exclude={"sums_apart"}))
+    before = Structure.model_validate_json(structure.model_dump_json(exclude={"sums_apart", "sums_at_edge"}))
+    assert (structure.sums_apart, one_grid.sums_apart) == (True, False)
+    assert (one_grid.sums_at_edge, before.sums_at_edge) == (True, False)
+    for described, wide in ((structure, 23), (one_grid, 14), (before, 2)):
         save_network(tmp_path, build(described), described)
         network, _ = load_network(tmp_path)
         assert [part.bits for part in network.modules() if isinstance(part, ActivationQuantizer)].count(8) == wide

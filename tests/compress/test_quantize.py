@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -248,22 +249,58 @@ def test_first_and_last_layer_and_the_image_keep_edge_bits(make: Build) -> None:
     network = insert_quantizers(normalized(resnet20(), MEAN, STD), spec(2, edge_bits=6))
     assert [name for name, layer in layers(network).items() if layer.bits == 6] == ["network.conv1", "network.linear"]
     assert [layer.input_quantizer.bits for layer in layers(network).values()][-1] == 6  # past the pooling
-    older = insert_quantizers(normalized(resnet20(), MEAN, STD), spec(2, edge_bits=6), sums_at_edge=False)
+    older = insert_quantizers(
+        normalized(resnet20(), MEAN, STD), spec(2, edge_bits=6), sums_at_edge=False, sums_apart=False
+    )
     assert [part.bits for part in quantizers(older).values()].count(6) == 2
 
 
-def test_what_only_sums_and_poolings_read_has_edge_bits() -> None:
+def test_what_sums_and_poolings_read_has_edge_bits_and_what_a_layer_reads_its_own() -> None:
     network = insert_quantizers(normalized(resnet20(), MEAN, STD), spec(4, edge_bits=8))
-    multiplied = {layer.input_quantizer for layer in layers(network).values()}
-    assert {part.bits for part in multiplied} == {4, 8}
-    for part in quantizers(network).values():
-        if part not in multiplied:
-            assert part.bits == 8
+    names = {part: name for name, part in quantizers(network).items()}
+    read = {name: layer.input_quantizer for name, layer in layers(network).items()}
+    inner = [name for name in read if "shortcut" not in name][1:-1]
+    assert {read[name].bits for name in inner} == {4}
+    assert {read[name].bits for name in read if name not in inner} == {8}  # edges, and shortcuts, which multiply by 1
+
+    def rounds(value: fx.Node) -> ActivationQuantizer:
+        while str(value.target) not in quantizers(network):
+            value = value.all_input_nodes[0]  # an identity
+        return quantizers(network)[str(value.target)]
+
+    sums = [node for node in network.graph.nodes if node.target is operator.add]
+    assert len(sums) == 9
+    assert {rounds(value).bits for node in sums for value in node.all_input_nodes} == {8}
+    for first_of_a_block in ("network.layer1.1.conv1", "network.layer2.0.conv1"):
+        (node,) = (node for node in network.graph.nodes if node.target == names[read[first_of_a_block]])
+        (stream,) = node.all_input_nodes
+        assert quantizers(network)[str(stream.target)].bits == 8
+        assert len(stream.users) == 2  # the layer's rounding, and the sum or the shortcut
+    fewer = insert_quantizers(normalized(resnet20(), MEAN, STD), spec(8, edge_bits=4))
+    assert len(quantizers(fewer)) == len(names) - 9  # one grid for all of a stream: it would be the same
+    assert {part.bits for part in quantizers(fewer).values()} == {8}
+
+
+def test_older_networks_have_one_grid_for_sums_and_layers() -> None:
+    older = insert_quantizers(normalized(resnet20(), MEAN, STD), spec(4, edge_bits=8), sums_apart=False)
     image_and_last_input, branches, shortcuts_with_weights, last_sum = 2, 9, 2, 1
     expected = image_and_last_input + branches + shortcuts_with_weights + last_sum
-    assert [part.bits for part in quantizers(network).values()].count(8) == expected
-    fewer = insert_quantizers(normalized(resnet20(), MEAN, STD), spec(8, edge_bits=4))
-    assert {part.bits for part in quantizers(fewer).values()} == {8}
+    assert [part.bits for part in quantizers(older).values()].count(8) == expected
+
+
+@STRUCTURES
+def test_a_grid_of_its_own_for_sums_loses_less(make: Build, name: str) -> None:
+    model, images = make(name), some_images()
+    errors = []
+    for apart in (True, False):
+        network = insert_quantizers(model, spec(8, activation_bits=3, edge_bits=8), sums_apart=apart)
+        calibrate(network, images, "minmax")
+        with torch.no_grad():
+            errors.append(float((network(images) - model(images)).square().mean()))
+    if name in ("residual", "functional"):
+        assert errors[0] < errors[1]
+    else:
+        assert errors[0] == errors[1]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

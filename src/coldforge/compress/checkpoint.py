@@ -47,6 +47,8 @@ class Structure(Spec):
     """What the last layer reads has ``quantization.edge_bits``, too; False in checkpoints from before that was so."""
     sums_at_edge: bool = added(False)
     """So has what only sums, concatenations and poolings read; False in checkpoints from before that was so."""
+    sums_apart: bool = added(False)
+    """So have sums of what a layer reads, too; False in checkpoints from before that was so."""
     odd_codes: bool = added(False)
     """Weights of 2 bits have the codes -3, -1, 1 and 3; False in checkpoints from before that was so, which are
     ternary whatever ``quantization`` says."""
@@ -55,7 +57,7 @@ class Structure(Spec):
         """The description after :func:`coldforge.compress.quantize` with that spec."""
         if not spec.enabled:
             return self.model_copy(update={"quantization": None})
-        at_edge = {"last_input_at_edge": True, "sums_at_edge": True}
+        at_edge = {"last_input_at_edge": True, "sums_at_edge": True, "sums_apart": True}
         return self.model_copy(update={"quantization": spec, **at_edge, "odd_codes": spec.has_odd_codes})
 
 
@@ -79,6 +81,7 @@ def build(structure: Structure, source: ModelSource | None = None, *, seed: int 
             structure.quantization.model_copy(update={"calibration": "minmax", "ternary": not structure.odd_codes}),
             last_input_at_edge=structure.last_input_at_edge,
             sums_at_edge=structure.sums_at_edge,
+            sums_apart=structure.sums_apart,
         )
     return network.eval()
 

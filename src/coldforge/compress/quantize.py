@@ -73,6 +73,7 @@ def insert_quantizers(
     keep_batchnorm: bool = False,
     last_input_at_edge: bool = True,
     sums_at_edge: bool = True,
+    sums_apart: bool = True,
 ) -> nn.Module:
     """A copy of ``model`` with BatchNorm folded and quantizers inserted, not yet calibrated.
 
@@ -84,9 +85,12 @@ def insert_quantizers(
         keep_batchnorm: as in :func:`quantize`.
         last_input_at_edge: what the last layer reads has ``spec.edge_bits``, too, like its weights; False for
             checkpoints from before that was so.
-        sums_at_edge: so has what no layer with weights reads, only additions, concatenations and poolings; False as
-            above. Bits of activations are those of what is multiplied, as in LSQ (Esser et al. 2020), where sums are
-            not rounded at all; here a value that a layer reads, too, has one grid for all.
+        sums_at_edge: so has what no trained layer reads, only additions, concatenations and poolings; False as above.
+            Bits of activations are those of what is multiplied, as in LSQ (Esser et al. 2020), where sums are not
+            rounded at all.
+        sums_apart: so have sums of a value that a trained layer reads, too, such as the stream between residual blocks:
+            it is stored with ``spec.edge_bits``, and rounded once more in front of the layer. False as above: it has
+            one grid for all, that of the layer.
     """
     if not spec.enabled:
         return copy.deepcopy(model)
@@ -94,28 +98,50 @@ def insert_quantizers(
     modules = dict(network.named_modules())
     edges = _edges(network)
     last_input = _origin(edges[-1].all_input_nodes[0], modules) if edges and last_input_at_edge else None
-    multiplied = {_origin(layer.all_input_nodes[0], modules) for layer in _layers(network)}
+    multiplying = [node for node in _layers(network) if _is_trained(node, modules) or not sums_apart]
+    multiplied = {_origin(layer.all_input_nodes[0], modules) for layer in multiplying}
+    summed = {value for node in network.graph.nodes if node not in multiplying for value in _values_read(node, modules)}
+    edge_bits = max(spec.activation_bits, spec.edge_bits)
+    wide: set[fx.Node] = set()
     for node in list(network.graph.nodes):
         for source in _values_read(node, modules):
             if isinstance(modules.get(str(source.target)), ActivationQuantizer):
                 continue
             reads_image = _is_image(source, modules)
             at_edge = reads_image or source is last_input or (sums_at_edge and source not in multiplied)
-            bits = max(spec.activation_bits, spec.edge_bits) if at_edge else spec.activation_bits
-            quantizer = ActivationQuantizer(bits, reads_image=reads_image)
+            apart = sums_apart and not at_edge and source in summed and edge_bits > spec.activation_bits
+            quantizer = ActivationQuantizer(
+                edge_bits if at_edge or apart else spec.activation_bits, reads_image=reads_image
+            )
             quantizer.step.requires_grad_(spec.learned_steps and not reads_image)
-            name = f"quantizer_{sum(isinstance(module, ActivationQuantizer) for module in modules.values())}"
-            modules[name] = quantizer
-            network.add_submodule(name, quantizer)
-            with network.graph.inserting_after(source):
-                rounded = network.graph.call_module(name, (source,))
-            source.replace_all_uses_with(rounded)
-            rounded.args = (source,)
+            rounded = _insert(network, modules, quantizer, source)
+            source.replace_all_uses_with(rounded, delete_user_cb=lambda user, its=rounded: user is not its)
+            wide |= {rounded} if apart else set()
+    narrow: dict[fx.Node, fx.Node] = {}
+    for layer in multiplying:
+        value = layer.all_input_nodes[0]
+        if _origin(value, modules) in wide:
+            if value not in narrow:
+                quantizer = ActivationQuantizer(spec.activation_bits)
+                quantizer.step.requires_grad_(spec.learned_steps)
+                narrow[value] = _insert(network, modules, quantizer, value)
+            layer.replace_input_with(value, narrow[value])
     _replace_layers(network, spec, edges)
     round_shifts(network)
     network.graph.lint()
     network.recompile()
     return network.eval()
+
+
+def _insert(
+    network: fx.GraphModule, modules: dict[str, nn.Module], quantizer: ActivationQuantizer, value: fx.Node
+) -> fx.Node:
+    """The node that rounds ``value``; nothing reads it yet."""
+    name = f"quantizer_{sum(isinstance(module, ActivationQuantizer) for module in modules.values())}"
+    modules[name] = quantizer
+    network.add_submodule(name, quantizer)
+    with network.graph.inserting_after(value):
+        return network.graph.call_module(name, (value,))
 
 
 def _values_read(node: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node]:
@@ -156,8 +182,14 @@ def _layers(network: fx.GraphModule) -> list[fx.Node]:
 def _edges(network: fx.GraphModule) -> list[fx.Node]:
     """The first and the last layer with weights that are trained; [] where there is none."""
     modules = dict(network.named_modules())
-    trained = [node for node in _layers(network) if modules[str(node.target)].weight.requires_grad]
+    trained = [node for node in _layers(network) if _is_trained(node, modules)]
     return [trained[0], trained[-1]] if trained else []
+
+
+def _is_trained(layer: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    weight = modules[str(layer.target)].weight
+    assert isinstance(weight, Tensor)
+    return weight.requires_grad
 
 
 def _replace_layers(network: fx.GraphModule, spec: QuantizeSpec, edges: Sequence[fx.Node]) -> None:

@@ -182,7 +182,7 @@ def quantize(shop: Shop, network: Stage) -> Stage:
     label = f"quantize to {spec.weight_bits}/{spec.activation_bits} bits" if spec.enabled else "quantize (off)"
     settings: list[object] = [spec, beyond] if beyond else [spec]
     if spec.activation_bits < spec.edge_bits:
-        settings.append("last input and sums at edge")  # they were not in older stores
+        settings.append("last input and all sums at edge")  # they were not in older stores
     return shop.declare("quantize", label, settings, [network], build)
 
 

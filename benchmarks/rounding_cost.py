@@ -1,0 +1,123 @@
+"""What does rounding to 8 bits cost a robust network, which part of it, and does another calibration help?
+
+    python benchmarks/rounding_cost.py [FOLDER] [--n 3000] [--out results/rounding_cost.json]
+
+The floating-point network of FOLDER (as `coldforge run` or `recipe_results.py` leave it) is rounded, without
+training, to 16 and 8 bits of weights and activations, and attacked with PGD-20 on validation images; quantized
+networks through both kinds of gradients. Differences from floating point are paired. Beside them stands the noise:
+the root mean square by which rounding moves the logits (less their mean over the classes) at random points of the
+ball.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import tables
+import torch
+from attacks_parity import difference as paired
+from torch import Tensor, nn
+
+from coldforge.attacks import ThreatModel, parse_attack, predict
+from coldforge.compress import quantize
+from coldforge.data import ImageSet
+from coldforge.evaluate import Target, evaluate
+from coldforge.evaluation.request import Request
+from coldforge.evaluation.subject import load_network_of
+from coldforge.provenance import has_bf16, physical_cores, provenance
+from coldforge.recipe import QuantizeSpec
+
+DEFAULT = Path("results/artifacts/cifar10-resnet-20-ratio-0-3-floating-point-10-epochs-0")
+ATTACK = "pgd-20"
+ROUNDINGS = (
+    *((16, 16, "minmax"), (8, 16, "minmax"), (16, 8, "minmax")),
+    *((8, 8, "minmax"), (8, 8, "percentile"), (8, 8, "mse")),
+)
+CALIBRATION_N = 2048
+
+
+def standing(network: nn.Module, data: ImageSet, threat_model: ThreatModel) -> tuple[float, Tensor]:
+    """Clean accuracy, and which images are right when clean and under the attack, ``(N,)`` bool."""
+    ledger = evaluate(
+        Target(network),
+        data,
+        [parse_attack(ATTACK)],
+        threat_model,
+        precision="bf16" if has_bf16() else "fp32",
+        transfer=False,
+    )
+    right = ledger.answers == data.labels
+    fooled = torch.stack(list(ledger.fooled.values())).any(0)
+    return float(right.float().mean()), right & ~fooled
+
+
+def centred(logits: Tensor) -> Tensor:
+    """Logits less their mean over the classes, which decides nothing."""
+    return logits - logits.mean(1, keepdim=True)
+
+
+def table(path: Path) -> str:
+    """The record as Markdown."""
+    if not path.is_file():
+        return tables.NOT_YET
+    rows = []
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        numbers = [f"{100 * row['clean']:.1f}", f"{100 * row['robust']:.1f}"]
+        if "noise" in row:
+            gap, low, high = row["difference"]
+            numbers += [f"{gap:+.1f} [{low:+.1f}, {high:+.1f}]", f"{row['noise']:.3f}"]
+        rows.append([row["bits"], row.get("calibration", ""), *numbers, *[""] * (4 - len(numbers))])
+    return tables.markdown(
+        ["rounded", "calibration", "clean %", "PGD-20 %", "difference, points", "noise"], rows, words=2
+    )
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=DEFAULT)
+    parser.add_argument("--n", type=int, default=3000)
+    parser.add_argument("--threads", type=int, default=physical_cores())
+    parser.add_argument("--out", type=Path, default=Path("results/rounding_cost.json"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    network, splits, threat_model = load_network_of(arguments.folder, Request(attack=(ATTACK,)))
+    part = splits.validation
+    data = dataclasses.replace(part, images=part.images[: arguments.n], labels=part.labels[: arguments.n])
+    calibration = splits.train.pixels(slice(0, CALIBRATION_N))
+    images = data.pixels()
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
+    points = (images + threat_model.eps * (2 * noise - 1)).clamp(0, 1)
+    expected = centred(predict(network, points))
+    clean, stands = standing(network, data, threat_model)
+    rows: list[dict[str, Any]] = [{"bits": "floating point", "clean": clean, "robust": float(stands.float().mean())}]
+    for weight_bits, activation_bits, method in ROUNDINGS:
+        spec = QuantizeSpec(
+            weight_bits=weight_bits, activation_bits=activation_bits, calibration=method, calibration_n=CALIBRATION_N
+        )
+        rounded = quantize(network, spec, calibration)
+        moved = centred(predict(rounded, points)) - expected
+        clean, found = standing(rounded, data, threat_model)
+        rows.append(
+            {
+                "bits": f"weights {weight_bits}, activations {activation_bits}",
+                "calibration": method,
+                "clean": clean,
+                "robust": float(found.float().mean()),
+                "difference": paired(found.numpy(), stands.numpy()),
+                "noise": float(moved.square().mean().sqrt()),
+            }
+        )
+        print(rows[-1], flush=True)
+    record = {"rows": rows, "n": len(data), "attack": ATTACK, "eps": threat_model.eps, "spread": float(expected.std())}
+    record["provenance"] = provenance(0, f"benchmarks/rounding_cost.py {arguments.folder}")
+    arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
