@@ -115,7 +115,8 @@ def insert_quantizers(
             )
             quantizer.step.requires_grad_(spec.learned_steps and not reads_image)
             rounded = _insert(network, modules, quantizer, source)
-            source.replace_all_uses_with(rounded, delete_user_cb=lambda user, its=rounded: user is not its)
+            source.replace_all_uses_with(rounded)
+            rounded.args = (source,)
             wide |= {rounded} if apart else set()
     narrow: dict[fx.Node, fx.Node] = {}
     for layer in multiplying:
