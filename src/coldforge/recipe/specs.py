@@ -119,9 +119,9 @@ class QuantizeSpec(Spec):
     weight_bits: Annotated[Bits, BeforeValidator(_bits)] = 8
     """Bits of the weights: 1 is -1 and 1, 2 is -3, -1, 1 and 3; 32 for both turns quantization off."""
     activation_bits: Annotated[Bits, BeforeValidator(_bits)] = 8
-    """Bits of the activations that layers with weights read; what only sums and poolings read has ``edge_bits``."""
+    """Bits of the activations that trained layers read; what sums and poolings read has ``edge_bits``."""
     edge_bits: Annotated[Bits, BeforeValidator(_bits)] = 8
-    """Least bits of the input image, of what the last layer and what only sums and poolings read, and of the weights of
+    """Least bits of the input image, of what the last layer and what sums and poolings read, and of the weights of
     the first and last layer."""
     calibration: Literal["minmax", "percentile", "mse"] = "mse"
     """How the ranges of activations are chosen before fine-tuning."""
