@@ -2,8 +2,8 @@
 
 The input image (after normalization) and every value that a convolution, a linear layer, an addition, a
 concatenation or an average pooling reads is rounded; what these compute in between (a ReLU, a maximum) is done on the
-accumulator, as integer kernels do. The logits stay in floating point. Where layers have fewer bits than sums, a value that
-both read is rounded for the sums, and once more in front of the layer.
+accumulator, as integer kernels do. The logits stay in floating point. Where layers have fewer bits than sums, a value
+that both read is rounded for the sums, and once more in front of the layer.
 """
 
 from __future__ import annotations
