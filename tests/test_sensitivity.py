@@ -12,14 +12,14 @@ from torch import nn
 
 from coldforge.attacks import ThreatModel
 from coldforge.cli import main
-from coldforge.compress import Structure, network_digest, prune, quantize, save_network
+from coldforge.compress import ActivationQuantizer, Structure, network_digest, prune, quantize, refit, save_network
 from coldforge.console import RichProgress
 from coldforge.data import from_arrays
 from coldforge.errors import UsageError
 from coldforge.evaluation import sensitivity as scanning
 from coldforge.evaluation.request import Importance
 from coldforge.evaluation.sensitivity import Sensitivity, sensitivity
-from coldforge.models import cnn8, normalized
+from coldforge.models import cnn8, normalized, resnet20
 from coldforge.progress import Step
 from coldforge.recipe import PruneSpec, QuantizeSpec, TrainSpec
 from coldforge.train import train
@@ -56,6 +56,21 @@ def task():
         trained.network[2].weight[:, 6:] = 0
         trained.network[0].weight[6:] *= 1e-3
     return trained, data
+
+
+def test_what_a_layer_reads_is_coarser_and_the_sum_of_the_same_is_not():
+    network = normalized(resnet20(), (0.5,) * 3, (0.25,) * 3).eval()
+    layer, images = "network.layer1.1.conv1", torch.rand(8, 3, 8, 8)
+    coarse, fine = scanning._coarser(network, images, layer, 2), quantize(network, QuantizeSpec(), images)
+    own = coarse.get_submodule(layer).input_quantizer
+    others = [part.bits for part in coarse.modules() if isinstance(part, ActivationQuantizer) and part is not own]
+    assert (own.bits, coarse.get_submodule(layer).bits, set(others)) == (2, 2, {8})
+    with torch.no_grad():
+        own.bits = own.final_bits = 8
+        own.set_range(0.0, float(fine.get_submodule(layer).input_quantizer.step) * 255)
+        coarse.get_submodule(layer).bits = 8
+        refit(coarse.get_submodule(layer))
+        torch.testing.assert_close(coarse(images), fine(images), rtol=0.05, atol=0.05)
 
 
 def test_the_scan_finds_what_costs_nothing(task):

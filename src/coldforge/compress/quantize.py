@@ -99,7 +99,8 @@ def insert_quantizers(
     modules = dict(network.named_modules())
     edges = _edges(network)
     last_input = _origin(edges[-1].all_input_nodes[0], modules) if edges and last_input_at_edge else None
-    multiplying = [node for node in _layers(network) if _is_trained(node, modules) or not sums_apart]
+    trained = [node for node in _layers(network) if _is_trained(node, modules)]
+    multiplying = trained if trained and sums_apart else _layers(network)
     multiplied = {_origin(layer.all_input_nodes[0], modules) for layer in multiplying}
     summed = {value for node in network.graph.nodes if node not in multiplying for value in _values_read(node, modules)}
     edge_bits = max(spec.activation_bits, spec.edge_bits)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from coldforge.attacks import TILE, ThreatModel, parse_attack
-from coldforge.compress import ActivationQuantizer, QuantizedLayer, prune, quantize, refit
+from coldforge.compress import ActivationQuantizer, QuantizedLayer, calibrate, insert_quantizers, prune, quantize, refit
 from coldforge.compress.importance import Importance
 from coldforge.data import ImageSet
 from coldforge.errors import UsageError
@@ -198,7 +198,12 @@ def _narrower(
 
 
 def _coarser(network: nn.Module, calibration: Tensor, layer: str, bits: int) -> nn.Module:
-    rounded = quantize(network, QuantizeSpec(), calibration)
+    spec = QuantizeSpec.model_validate({"activation_bits": bits})  # so that sums of what the layer reads have a grid of their own
+    rounded = insert_quantizers(network, spec)
+    for part in rounded.modules():
+        if isinstance(part, ActivationQuantizer):
+            part.bits = part.final_bits = spec.edge_bits
+    calibrate(rounded, calibration, spec.calibration)
     module = rounded.get_submodule(layer)
     assert isinstance(module, QuantizedLayer)
     module.bits = module.final_bits = bits
