@@ -114,3 +114,14 @@ def test_a_dead_network_returns_no_probabilities(classes: int) -> None:
         with pytest.raises(ModelError, match="returns probabilities"):
             refuse_probabilities(probabilities)
     refuse_probabilities(soft[:1])
+
+
+def test_probabilities_of_a_sigmoid_are_refused_and_logits_between_0_and_1_are_not() -> None:
+    logits = 4 * torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+    for answers in (logits.sigmoid(), logits.sigmoid().half().float(), (logits > 0).float()):
+        with pytest.raises(ModelError, match="as after a sigmoid; expected logits; remove the sigmoid"):
+            refuse_probabilities(answers)
+    near_the_middle = (0.2 * logits).sigmoid()
+    assert near_the_middle.max() - near_the_middle.min() < 0.9
+    for answers in (logits, logits.relu(), near_the_middle, logits.tanh(), 2 * logits.sigmoid()):
+        refuse_probabilities(answers)

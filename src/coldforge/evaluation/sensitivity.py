@@ -198,8 +198,8 @@ def _narrower(
 
 
 def _coarser(network: nn.Module, calibration: Tensor, layer: str, bits: int) -> nn.Module:
-    spec = QuantizeSpec.model_validate({"activation_bits": bits})  # so that sums of what the layer reads have a grid of their own
-    rounded = insert_quantizers(network, spec)
+    spec = QuantizeSpec.model_validate({"activation_bits": bits})
+    rounded = insert_quantizers(network, spec)  # sums of what the layer reads have a grid of their own
     for part in rounded.modules():
         if isinstance(part, ActivationQuantizer):
             part.bits = part.final_bits = spec.edge_bits

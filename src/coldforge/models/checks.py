@@ -11,6 +11,11 @@ from coldforge.errors import ModelError
 from coldforge.models.normalize import Normalize
 
 _PROBABILITIES = "the network returns probabilities; expected logits; remove the softmax"
+_SIGMOIDS = (
+    "the network returns probabilities, one for each class, as after a sigmoid; expected logits; remove the sigmoid"
+)
+_SURE = 0.9
+"""Logits that all lie between 0 and 1 do not move so far, in three classes or all."""
 _MOVES = 3.0
 """Probabilities move by more than so many times what rounding moves their sum."""
 
@@ -58,7 +63,7 @@ def check_classifier(model: nn.Module, image_shape: tuple[int, int, int], num_cl
 def refuse_probabilities(logits: Tensor) -> None:
     """Look at the answers ``(N, K)`` to real images, float, finite or not: after a softmax margins shrink and gradients
     vanish, so that attacks lose their way. Probabilities, scaled or of 8 bits, votes and one-hot answers are told by
-    their sum, which stays where they move.
+    their sum, which stays where they move; those of a sigmoid by lying between 0 and 1 and coming near to both.
 
     Raises:
         ModelError: they are probabilities.
@@ -70,6 +75,9 @@ def refuse_probabilities(logits: Tensor) -> None:
     moves = float((logits - logits[0]).abs().max())  # a dead network's sum stays because nothing moves
     if bool((logits >= 0).all()) and off <= missed * float(sums.mean()) and moves > _MOVES * off:
         raise ModelError(_PROBABILITIES)
+    sure = int((logits.amax(0) - logits.amin(0) > _SURE).sum())
+    if bool(((logits >= 0) & (logits <= 1)).all()) and sure >= min(3, logits.shape[1]):
+        raise ModelError(_SIGMOIDS)
 
 
 def _in_8_bits(logits: Tensor) -> bool:
