@@ -40,8 +40,10 @@ from attacks_parity import difference as paired
 from attacks_parity import from_hex, to_hex
 from paper_claims import student_t95
 from rich.console import Console
+from safetensors.torch import save
 
 from coldforge.attacks import parse_attack
+from coldforge.compress import QuantizedLayer, load_network
 from coldforge.console import RichProgress
 from coldforge.evaluate import WORST_CASE
 from coldforge.evaluation.job import evaluate_path
@@ -61,8 +63,9 @@ ALSO: dict[str, dict[str, Any]] = {
     "lite": {"attack": "autoattack-lite", "eps": None, "n": 0},
 }
 """Further attacks on the same networks."""
-KEPT = ("record.json", "recipe.toml", "model.onnx", "model/model.safetensors", "model/structure.json")
-"""Of a folder of `coldforge run`, what an attack needs."""
+WEIGHTS, LARGE = "model/model.safetensors", 4_000_000
+KEPT = ("record.json", "recipe.toml", "model.onnx", WEIGHTS, "model/structure.json")
+"""Of a folder of `coldforge run`, what an attack needs; weights of more bytes than ``LARGE`` are made smaller."""
 PAPER = tuple(ALSO["paper"]["attack"].split(","))
 WHICH = "row.json"
 Found = dict[str, Any]
@@ -175,8 +178,27 @@ def keep(network: Network) -> None:
     for name in KEPT:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(network.folder / name, target / name)
+    if (target / WEIGHTS).stat().st_size > LARGE:
+        make_small(target / WEIGHTS)
     which = {name: getattr(network, name) for name in ("data", "row", "seed", "trial")}
     (target / WHICH).write_text(json.dumps(which, indent=1) + "\n", encoding="utf-8")
+
+
+def make_small(path: Path) -> None:
+    """Half the size of the weights beside a file: those on their grids, in 16 bits, which round to the same codes.
+
+    The file's twin computes what it did; only in its float twin are weights rounded then.
+    """
+    model, _ = load_network(path.parent)
+    tensors = model.state_dict()
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLayer):
+            codes, weight = layer.weight_codes(), layer.quantized_weight().detach().half()
+            layer.weight.data.copy_(weight)
+            if not torch.equal(layer.weight_codes(), codes):
+                raise ValueError(f"{path}: {name}: expected the same codes from weights in 16 bits")
+            tensors[f"{name}.weight"] = weight
+    write_atomic(path, save(tensors))
 
 
 def is_attacked(network: Network, n: int) -> bool:

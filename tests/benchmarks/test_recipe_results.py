@@ -14,8 +14,10 @@ import torch
 from attacks_parity import to_hex
 from recipe_results import REFERENCE, Found, difference, lite_table, paper_table, slug, table, wanted
 
+from coldforge.compress import Structure, attacking, build, load_network, quantize, save_network
 from coldforge.evaluate import paired_interval
 from coldforge.evaluation.request import Request
+from coldforge.recipe import QuantizeSpec
 
 HALF, QUARTER = "half, 8 bits, 3 epochs", "quarter, 8 bits, 3 epochs"
 
@@ -281,6 +283,26 @@ def test_a_trial_becomes_a_row(
     assert asked[1:] == [("square-5",)]
     (more,) = recipe_results.load(tmp_path / "results")
     assert (more["n"], more["paper"]["n"], more["lite"]) == (13, 7, row["lite"]), "what was found otherwise is kept"
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_weights_made_small_compute_the_same(bits: int, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(8, 1, 28, 28, generator=generator)
+    structure = Structure(source="zoo:cnn8", image_shape=(1, 28, 28), classes=("a", "b", "c"), mean=(0.3,), std=(0.4,))
+    rounding = QuantizeSpec.model_validate({"weight_bits": bits, "activation_bits": 8})
+    network = quantize(build(structure), rounding, images)
+    save_network(tmp_path, network, structure.rounded(rounding))
+    path = tmp_path / "model.safetensors"
+    before = path.stat().st_size
+    recipe_results.make_small(path)
+    assert path.stat().st_size < 0.52 * before
+    small, _ = load_network(tmp_path)
+    assert {tensor.dtype for tensor in small.parameters()} == {torch.float32}
+    with torch.no_grad():
+        torch.testing.assert_close(small(images), network(images), rtol=1e-6, atol=1e-6)
+    with attacking(small, "pass_through"):
+        assert torch.equal(small(images).argmax(1), network(images).argmax(1))
 
 
 def interrupt(*_: object, **__: object) -> None:
