@@ -2,11 +2,11 @@
 
     python benchmarks/rounding_cost.py [FOLDER] [--n 3000] [--out results/rounding_cost.json]
 
-The floating-point network of FOLDER (as `coldforge run` or `recipe_results.py` leave it) is rounded, without
-training, to 16 and 8 bits of weights and activations, and attacked with PGD-20 on validation images; quantized
-networks through both kinds of gradients. Differences from floating point are paired. Beside them stands the noise:
-the root mean square by which rounding moves the logits (less their mean over the classes) at random points of the
-ball.
+The floating-point network of FOLDER (as `coldforge run` or `recipe_results.py` leave it) is rounded, without training,
+to 16 and 8 bits of weights and activations, and attacked with PGD-20 on validation images. Each search is judged twice:
+by all of its iterates, as coldforge judges, and by its last one alone. Differences from floating point are paired.
+Beside them stands the noise: the root mean square by which rounding moves the logits (less their mean over the classes)
+at random points of the ball.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ from attacks_parity import difference as paired
 from torch import Tensor, nn
 
 from coldforge.attacks import ThreatModel, parse_attack, predict
-from coldforge.compress import quantize
+from coldforge.compress import attacking, quantize
 from coldforge.data import ImageSet
-from coldforge.evaluate import Target, evaluate
 from coldforge.evaluation.request import Request
 from coldforge.evaluation.subject import load_network_of
-from coldforge.provenance import has_bf16, physical_cores, provenance
+from coldforge.provenance import physical_cores, provenance
 from coldforge.recipe import QuantizeSpec
 
 DEFAULT = Path("results/artifacts/cifar10-resnet-20-ratio-0-3-floating-point-10-epochs-0")
@@ -40,19 +39,14 @@ ROUNDINGS = (
 CALIBRATION_N = 2048
 
 
-def standing(network: nn.Module, data: ImageSet, threat_model: ThreatModel) -> tuple[float, Tensor]:
-    """Clean accuracy, and which images are right when clean and under the attack, ``(N,)`` bool."""
-    ledger = evaluate(
-        Target(network),
-        data,
-        [parse_attack(ATTACK)],
-        threat_model,
-        precision="bf16" if has_bf16() else "fp32",
-        transfer=False,
-    )
-    right = ledger.answers == data.labels
-    fooled = torch.stack(list(ledger.fooled.values())).any(0)
-    return float(right.float().mean()), right & ~fooled
+def attacked(network: nn.Module, data: ImageSet, threat_model: ThreatModel) -> dict[str, Tensor]:
+    """Which images are right when clean, at all iterates of the attack, and at its last one; ``(N,)`` bool each."""
+    images, labels = data.pixels(), data.labels
+    with attacking(network):
+        found = parse_attack(ATTACK)(network, images, labels, threat_model, keep_last=True)
+        right = predict(network, images).argmax(1) == labels
+        last = predict(network, found.last).argmax(1) == labels
+    return {"clean": right, "all": right & ~found.fooled, "last": right & last}
 
 
 def centred(logits: Tensor) -> Tensor:
@@ -66,14 +60,13 @@ def table(path: Path) -> str:
         return tables.NOT_YET
     rows = []
     for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
-        numbers = [f"{100 * row['clean']:.1f}", f"{100 * row['robust']:.1f}"]
-        if "noise" in row:
-            gap, low, high = row["difference"]
-            numbers += [f"{gap:+.1f} [{low:+.1f}, {high:+.1f}]", f"{row['noise']:.3f}"]
-        rows.append([row["bits"], row.get("calibration", ""), *numbers, *[""] * (4 - len(numbers))])
-    return tables.markdown(
-        ["rounded", "calibration", "clean %", "PGD-20 %", "difference, points", "noise"], rows, words=2
-    )
+        cells = [row["bits"], row.get("calibration", ""), f"{100 * row['clean']:.1f}"]
+        for how in ("all", "last"):
+            gap = row["differences"][how] if "differences" in row else None
+            cells += [f"{100 * row[how]:.1f}", "{:+.1f} [{:+.1f}, {:+.1f}]".format(*gap) if gap else ""]
+        rows.append([*cells, f"{row['noise']:.3f}" if "noise" in row else ""])
+    judged = [f"{what} {part}" for what in ("every iterate", "last iterate") for part in ("%", "difference")]
+    return tables.markdown(["rounded", "calibration", "clean %", *judged, "noise"], rows, words=2)
 
 
 def main() -> None:
@@ -94,22 +87,24 @@ def main() -> None:
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
     points = (images + threat_model.eps * (2 * noise - 1)).clamp(0, 1)
     expected = centred(predict(network, points))
-    clean, stands = standing(network, data, threat_model)
-    rows: list[dict[str, Any]] = [{"bits": "floating point", "clean": clean, "robust": float(stands.float().mean())}]
+    stands = attacked(network, data, threat_model)
+    rows: list[dict[str, Any]] = [
+        {"bits": "floating point"} | {how: float(ok.float().mean()) for how, ok in stands.items()}
+    ]
+    print(rows[0], flush=True)
     for weight_bits, activation_bits, method in ROUNDINGS:
         spec = QuantizeSpec(
             weight_bits=weight_bits, activation_bits=activation_bits, calibration=method, calibration_n=CALIBRATION_N
         )
         rounded = quantize(network, spec, calibration)
         moved = centred(predict(rounded, points)) - expected
-        clean, found = standing(rounded, data, threat_model)
+        found = attacked(rounded, data, threat_model)
         rows.append(
             {
                 "bits": f"weights {weight_bits}, activations {activation_bits}",
                 "calibration": method,
-                "clean": clean,
-                "robust": float(found.float().mean()),
-                "difference": paired(found.numpy(), stands.numpy()),
+                **{how: float(ok.float().mean()) for how, ok in found.items()},
+                "differences": {how: paired(found[how].numpy(), stands[how].numpy()) for how in ("all", "last")},
                 "noise": float(moved.square().mean().sqrt()),
             }
         )
