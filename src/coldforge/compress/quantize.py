@@ -9,27 +9,18 @@ that both read is rounded for the sums, and once more in front of the layer.
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from coldforge.compress.fakequant import SMALLEST_STEP, ActivationQuantizer, QuantizedLayer
 from coldforge.compress.fold import round_shifts
 from coldforge.compress.graph import fold_batchnorm, set_module, trace
+from coldforge.compress.reads import edges_of, is_image, is_trained, layers_of, origin, values_read
 from coldforge.errors import TraceError
-from coldforge.models import Normalize
 from coldforge.recipe import QuantizeSpec
-
-_TRANSPARENT_MODULES = (nn.Flatten, nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Dropout, nn.Dropout2d, nn.Identity)
-_TRANSPARENT_FUNCTIONS = (torch.flatten, F.max_pool2d, F.dropout, torch.squeeze, torch.reshape)
-_TRANSPARENT_METHODS = ("flatten", "view", "reshape", "contiguous", "squeeze")
-_READS_MODULES = (nn.Conv2d, nn.Linear, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
-_READS_FUNCTIONS = (operator.add, operator.iadd, torch.add, torch.cat, torch.mean, F.avg_pool2d, F.adaptive_avg_pool2d)
-_READS_METHODS = ("add", "add_", "mean")
 
 _CALIBRATION_BATCH = 128
 _SAMPLES_PER_BATCH = 65536
@@ -97,19 +88,19 @@ def insert_quantizers(
         return copy.deepcopy(model)
     network = trace(model) if keep_batchnorm else fold_batchnorm(model)
     modules = dict(network.named_modules())
-    edges = _edges(network)
-    last_input = _origin(edges[-1].all_input_nodes[0], modules) if edges and last_input_at_edge else None
-    trained = [node for node in _layers(network) if _is_trained(node, modules)]
-    multiplying = trained if trained and sums_apart else _layers(network)
-    multiplied = {_origin(layer.all_input_nodes[0], modules) for layer in multiplying}
-    summed = {value for node in network.graph.nodes if node not in multiplying for value in _values_read(node, modules)}
+    edges = edges_of(network)
+    last_input = origin(edges[-1].all_input_nodes[0], modules) if edges and last_input_at_edge else None
+    trained = [node for node in layers_of(network) if is_trained(node, modules)]
+    multiplying = trained if trained and sums_apart else layers_of(network)
+    multiplied = {origin(layer.all_input_nodes[0], modules) for layer in multiplying}
+    summed = {value for node in network.graph.nodes if node not in multiplying for value in values_read(node, modules)}
     edge_bits = max(spec.activation_bits, spec.edge_bits)
     wide: set[fx.Node] = set()
     for node in list(network.graph.nodes):
-        for source in _values_read(node, modules):
+        for source in values_read(node, modules):
             if isinstance(modules.get(str(source.target)), ActivationQuantizer):
                 continue
-            reads_image = _is_image(source, modules)
+            reads_image = is_image(source, modules)
             at_edge = reads_image or source is last_input or (sums_at_edge and source not in multiplied)
             apart = sums_apart and not at_edge and source in summed and edge_bits > spec.activation_bits
             quantizer = ActivationQuantizer(
@@ -123,7 +114,7 @@ def insert_quantizers(
     narrow: dict[fx.Node, fx.Node] = {}
     for layer in multiplying:
         value = layer.all_input_nodes[0]
-        if _origin(value, modules) in wide:
+        if origin(value, modules) in wide:
             if value not in narrow:
                 quantizer = ActivationQuantizer(spec.activation_bits)
                 quantizer.step.requires_grad_(spec.learned_steps)
@@ -147,58 +138,10 @@ def _insert(
         return network.graph.call_module(name, (value,))
 
 
-def _values_read(node: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node]:
-    """The values that must be on a grid before ``node`` computes, traced back through what only moves them."""
-    reads = (
-        (node.op == "call_module" and isinstance(modules[str(node.target)], _READS_MODULES))
-        or (node.op == "call_function" and node.target in _READS_FUNCTIONS)
-        or (node.op == "call_method" and node.target in _READS_METHODS)
-    )
-    return [_origin(value, modules) for value in node.all_input_nodes] if reads else []
-
-
-def _origin(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node:
-    while (
-        (node.op == "call_module" and isinstance(modules[str(node.target)], _TRANSPARENT_MODULES))
-        or (node.op == "call_function" and node.target in _TRANSPARENT_FUNCTIONS)
-        or (node.op == "call_method" and node.target in _TRANSPARENT_METHODS)
-    ):
-        node = node.all_input_nodes[0]
-    return node
-
-
-def _is_image(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    return node.op == "placeholder" or (
-        node.op == "call_module" and isinstance(modules.get(str(node.target)), Normalize)
-    )
-
-
-def _layers(network: fx.GraphModule) -> list[fx.Node]:
-    modules = dict(network.named_modules())
-    return [
-        node
-        for node in network.graph.nodes
-        if node.op == "call_module" and isinstance(modules[str(node.target)], nn.Conv2d | nn.Linear)
-    ]
-
-
-def _edges(network: fx.GraphModule) -> list[fx.Node]:
-    """The first and the last layer with weights that are trained; [] where there is none."""
-    modules = dict(network.named_modules())
-    trained = [node for node in _layers(network) if _is_trained(node, modules)]
-    return [trained[0], trained[-1]] if trained else []
-
-
-def _is_trained(layer: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    weight = modules[str(layer.target)].weight
-    assert isinstance(weight, Tensor)
-    return weight.requires_grad
-
-
 def _replace_layers(network: fx.GraphModule, spec: QuantizeSpec, edges: Sequence[fx.Node]) -> None:
     modules = dict(network.named_modules())
     done: set[str] = set()
-    for node in _layers(network):
+    for node in layers_of(network):
         name = str(node.target)
         if name in done:
             raise TraceError(
@@ -206,7 +149,7 @@ def _replace_layers(network: fx.GraphModule, spec: QuantizeSpec, edges: Sequence
                 "expected each convolution and linear layer used once, so that its input has one grid"
             )
         done.add(name)
-        source = _origin(node.all_input_nodes[0], modules)
+        source = origin(node.all_input_nodes[0], modules)
         quantizer = modules[str(source.target)]
         assert isinstance(quantizer, ActivationQuantizer)
         layer = modules[name]
