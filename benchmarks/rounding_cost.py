@@ -12,7 +12,6 @@ at random points of the ball.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -80,8 +79,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
 
     network, splits, threat_model = load_network_of(arguments.folder, Request(attack=(ATTACK,)))
-    part = splits.validation
-    data = dataclasses.replace(part, images=part.images[: arguments.n], labels=part.labels[: arguments.n])
+    data = splits.validation.take(slice(0, arguments.n))
     calibration = splits.train.pixels(slice(0, CALIBRATION_N))
     images = data.pixels()
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from coldforge.compress.fakequant import SMALLEST_STEP, ActivationQuantizer, QuantizedLayer
 from coldforge.compress.fold import round_shifts
 from coldforge.compress.graph import fold_batchnorm, set_module, trace
-from coldforge.compress.reads import edges_of, is_image, is_trained, layers_of, origin, values_read
+from coldforge.compress.reads import is_image, layers_of, origin, trained_layers, values_read
 from coldforge.errors import TraceError
 from coldforge.recipe import QuantizeSpec
 
@@ -88,9 +88,9 @@ def insert_quantizers(
         return copy.deepcopy(model)
     network = trace(model) if keep_batchnorm else fold_batchnorm(model)
     modules = dict(network.named_modules())
-    edges = edges_of(network)
+    trained = trained_layers(network)
+    edges = [trained[0], trained[-1]] if trained else []
     last_input = origin(edges[-1].all_input_nodes[0], modules) if edges and last_input_at_edge else None
-    trained = [node for node in layers_of(network) if is_trained(node, modules)]
     multiplying = trained if trained and sums_apart else layers_of(network)
     multiplied = {origin(layer.all_input_nodes[0], modules) for layer in multiplying}
     summed = {value for node in network.graph.nodes if node not in multiplying for value in values_read(node, modules)}
@@ -106,8 +106,7 @@ def insert_quantizers(
             quantizer = ActivationQuantizer(
                 edge_bits if at_edge or apart else spec.activation_bits, reads_image=reads_image
             )
-            quantizer.step.requires_grad_(spec.learned_steps and not reads_image)
-            rounded = _insert(network, modules, quantizer, source)
+            rounded = _insert(network, modules, quantizer, source, learned=spec.learned_steps)
             source.replace_all_uses_with(rounded)
             rounded.args = (source,)
             wide |= {rounded} if apart else set()
@@ -117,8 +116,7 @@ def insert_quantizers(
         if origin(value, modules) in wide:
             if value not in narrow:
                 quantizer = ActivationQuantizer(spec.activation_bits)
-                quantizer.step.requires_grad_(spec.learned_steps)
-                narrow[value] = _insert(network, modules, quantizer, value)
+                narrow[value] = _insert(network, modules, quantizer, value, learned=spec.learned_steps)
             layer.replace_input_with(value, narrow[value])
     _replace_layers(network, spec, edges)
     round_shifts(network)
@@ -128,9 +126,15 @@ def insert_quantizers(
 
 
 def _insert(
-    network: fx.GraphModule, modules: dict[str, nn.Module], quantizer: ActivationQuantizer, value: fx.Node
+    network: fx.GraphModule,
+    modules: dict[str, nn.Module],
+    quantizer: ActivationQuantizer,
+    value: fx.Node,
+    *,
+    learned: bool,
 ) -> fx.Node:
     """The node that rounds ``value``; nothing reads it yet."""
+    quantizer.step.requires_grad_(learned and not quantizer.reads_image)
     name = f"quantizer_{sum(isinstance(module, ActivationQuantizer) for module in modules.values())}"
     modules[name] = quantizer
     network.add_submodule(name, quantizer)

@@ -56,15 +56,7 @@ def layers_of(network: fx.GraphModule) -> list[fx.Node]:
     ]
 
 
-def edges_of(network: fx.GraphModule) -> list[fx.Node]:
-    """The first and the last layer with weights that are trained; [] where there is none."""
-    modules = dict(network.named_modules())
-    trained = [node for node in layers_of(network) if is_trained(node, modules)]
-    return [trained[0], trained[-1]] if trained else []
-
-
-def is_trained(layer: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether the weight of the layer that ``layer`` calls is trained."""
-    weight = modules[str(layer.target)].weight
-    assert isinstance(weight, Tensor)
-    return weight.requires_grad
+def trained_layers(network: fx.GraphModule) -> list[fx.Node]:
+    """Those of :func:`layers_of` whose weights are trained."""
+    weights = {node: network.get_submodule(str(node.target)).weight for node in layers_of(network)}
+    return [node for node, weight in weights.items() if isinstance(weight, Tensor) and weight.requires_grad]

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from coldforge.attacks import TILE, ThreatModel, parse_attack
-from coldforge.compress import ActivationQuantizer, QuantizedLayer, calibrate, insert_quantizers, prune, quantize, refit
+from coldforge.compress import (
+    ActivationQuantizer,
+    QuantizedLayer,
+    calibrate,
+    insert_quantizers,
+    prune,
+    quantize,
+    refit,
+    set_bits,
+)
 from coldforge.compress.importance import Importance
 from coldforge.data import ImageSet
 from coldforge.errors import UsageError
@@ -200,9 +209,7 @@ def _narrower(
 def _coarser(network: nn.Module, calibration: Tensor, layer: str, bits: int) -> nn.Module:
     spec = QuantizeSpec.model_validate({"activation_bits": bits})
     rounded = insert_quantizers(network, spec)  # sums of what the layer reads have a grid of their own
-    for part in rounded.modules():
-        if isinstance(part, ActivationQuantizer):
-            part.bits = part.final_bits = spec.edge_bits
+    set_bits(rounded, spec.edge_bits, keep_steps=True)  # there are none yet
     calibrate(rounded, calibration, spec.calibration)
     module = rounded.get_submodule(layer)
     assert isinstance(module, QuantizedLayer)
