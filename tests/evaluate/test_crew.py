@@ -94,6 +94,20 @@ def test_a_judge_is_asked_by_all_and_everyone_is_told_once(task, threat, three_t
     assert found.finished.all()
 
 
+@pytest.mark.parametrize(("name", "workers"), [("fab-t-6-3", 2), ("pgd-6", 1), ("square-40", 1)])
+def test_a_few_images_of_many_runs_are_shared(task, threat, three_threads, name, workers):
+    model, data = task
+    who: set[int] = set()
+
+    def spy(points: Tensor) -> Tensor:
+        who.add(threading.get_ident())
+        return model(points)
+
+    found = asked((spy, data.take(slice(4))), threat, name)
+    assert found.finished.all()
+    assert len(who - {threading.get_ident()}) == workers
+
+
 def test_a_stop_stops_all(task, threat, three_threads):
     found = asked(task, threat, stop=lambda: True)
     assert not found.finished.any()

@@ -22,7 +22,7 @@ from coldforge.attacks.base import empty_result
 _VALUES = 2**21
 """Values of the images that all workers together attack at a time, so that large images do not fill the memory."""
 _FEWEST = 8
-"""Images that are worth a worker: what the smallest tile holds."""
+"""Runs that are worth a worker: what the smallest tile holds."""
 _LOOK = 32
 """Images that show whether a network answers them alike twice."""
 _LOOK_SECONDS = 0.5
@@ -62,7 +62,7 @@ def attack_all(
     search = partial(attack, threat_model=threat_model, seed=seed, judge=judge)
     threads = torch.get_num_threads()
     workers = 1 if len(images) == 0 else workers_of(threads, images[0].numel())
-    copies = _copies(model, min(workers, -(-len(images) // _FEWEST)), images) if workers > 1 else None
+    copies = _copies(model, workers, attack, images) if workers > 1 else None
     if copies is None:
         return search(model, images, labels, indices=indices, on_progress=on_progress, on_done=on_done, stop=stop)
     shares = [torch.arange(len(images))[number :: len(copies)] for number in range(len(copies))]
@@ -121,11 +121,14 @@ def attack_all(
     return whole
 
 
-def _copies(model: Classifier, count: int, images: Tensor) -> list[Classifier] | None:
-    """One for each worker; None: it cannot be asked by several."""
+def _copies(model: Classifier, workers: int, attack: Attack, images: Tensor) -> list[Classifier] | None:
+    """One for each worker that there is work for; None: it cannot be asked by several."""
     few = images[:_LOOK]
-    if not torch.equal(predict(model, few), predict(model, few)):
+    logits = predict(model, few)
+    if not torch.equal(logits, predict(model, few)):
         return None
+    runs = len(images) * attack.runs(logits.shape[1])
+    count = min(workers, len(images), -(-runs // _FEWEST))
     if not isinstance(model, nn.Module):
         return [model] * count
     try:
