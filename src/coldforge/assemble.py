@@ -23,6 +23,7 @@ from coldforge.records import (
     AgreementRecord,
     CurvePoint,
     LatencyRecord,
+    MaskingCheckRecord,
     MaskingRecord,
     PruningRatioRecord,
     Record,
@@ -116,14 +117,18 @@ def _row(shop: Shop, made: Arrow, row: str) -> StageRecord:
         if all(attack.uses_gradients for attack in attacks):
             notes.append(UNASKED)
         notes += _warnings(cost, found, reduced=shop.recipe.deploy.reduce_range)
-    robustness = shop.result(made.evidence[f"evaluate: {row}"])
+    robustness = dict(shop.result(made.evidence[f"evaluate: {row}"]))
+    beyond = robustness.pop("masking_check", None)
     checked = made.evidence.get(f"masking: {row}")
+    masking = MaskingRecord() if checked is None else MaskingRecord.model_validate(shop.result(checked))
+    if beyond is not None:
+        masking = masking.and_also(MaskingCheckRecord.model_validate(beyond))
     return StageRecord(
         name=name,
         label=label,
         **{**cost, "pruning_ratio": PruningRatioRecord(**cost["pruning_ratio"])},
         **robustness,
-        masking=MaskingRecord() if checked is None else MaskingRecord.model_validate(shop.result(checked)),
+        masking=masking,
         latency_s=tuple(LatencyRecord(**timing) for timing in measured["latency"].get(row, [])),
         energy_j_per_image=energy.get("joules_per_image"),
         energy_method=energy.get("method", ""),

@@ -147,12 +147,15 @@ def run(
         sys.stdout.write(record.to_json())
         return
     from coldforge.console import stdout
-    from coldforge.report.table import summary_table
-    from coldforge.report.verdict import headline
+    from coldforge.report.table import subject, summary_table
+    from coldforge.report.verdict import headline, verdict_lines
 
     console = stdout()
     console.print(summary_table(record, width=console.width if console.is_terminal else None))
     console.print(headline(record), markup=False, highlight=False)
+    masking = subject(record).masking
+    if masking.checks:
+        console.print("\n".join(verdict_lines(masking)), markup=False, highlight=False)
     sys.stdout.write("\nWritten:\n" + "".join(f"  {path}\n" for path in sorted(folder.iterdir())))
 
 

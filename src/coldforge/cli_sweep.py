@@ -126,6 +126,7 @@ def pick(
 
     from coldforge.console import RichProgress, print_json
     from coldforge.report.folder import draw
+    from coldforge.report.verdict import verdict_lines
     from coldforge.store import Store
     from coldforge.sweep.plan import trial_of
     from coldforge.sweep.table import flat, load_results
@@ -150,7 +151,10 @@ def pick(
         return
     sys.stdout.write(f"{target}\n  {trial.label}\n")
     for name in ("robust:worst_case", "clean_accuracy", "size_bytes", "macs"):
-        sys.stdout.write(f"  {name} {row[name]:g}\n")
+        flag = " SUSPECT" if name.startswith("robust") and row["masking"] == "suspect" else ""
+        sys.stdout.write(f"  {name} {row[name]:g}{flag}\n")
+    if row["masking"] == "suspect":  # made again, it may be judged otherwise
+        sys.stdout.write("\n".join(verdict_lines(artifact.masking)) + "\n")
 
 
 def compare(first: Path, second: Path, /, *, json: bool = False) -> None:

@@ -121,12 +121,13 @@ def _saved(row: Sensitivity) -> tuple[str, str]:
 
 def print_evaluation(record: EvaluationRecord) -> None:
     """The table of attacks, the result in a sentence, every warning, and the verdict of the masking checks."""
-    from coldforge.report.evaluation import cautions, evaluation_table, footnotes, headline, verdict_lines
+    from coldforge.report.evaluation import cautions, evaluation_table, footnotes, headline
+    from coldforge.report.verdict import verdict_lines
 
     stdout().print(evaluation_table(record))
     warnings = [f"{title}. {sentence}" for title, sentence in cautions(record)]
     notes = [f"Note: {note}." for note in record.notes]
-    lines = [headline(record), *warnings, *notes, "", *verdict_lines(record), "", *footnotes(record)]
+    lines = [headline(record), *warnings, *notes, "", *verdict_lines(record.masking), "", *footnotes(record)]
     sys.stdout.write("\n".join(lines) + "\n")
 
 

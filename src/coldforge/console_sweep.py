@@ -18,7 +18,7 @@ from rich.table import Table
 
 from coldforge.console import LINE_EVERY_S, about, print_table
 from coldforge.report import text
-from coldforge.report.sweep_rows import verdict_of
+from coldforge.report.sweep_rows import failed_checks, verdict_of
 from coldforge.sweep import Listener, State, time_left
 from coldforge.sweep.graph import counts_by_kind
 from coldforge.sweep.plan import Plan, notes_on
@@ -169,7 +169,12 @@ def print_sweep(results: Sweep, state: State, page: Path) -> None:
     if lost:
         sys.stdout.write("--retry-failed tries again what failed\n")
     if any(suspect):
-        sys.stdout.write("SUSPECT: the masking panel does not believe this robust accuracy (report.html says why)\n")
+        why = failed_checks(row for mean in found for row in mean.rows)
+        failed = f" Failed: {why}." if why else ""
+        sys.stdout.write(
+            f"SUSPECT: the masking panel does not believe this robust accuracy.{failed} What a check means, and what "
+            f"to do, is in {results.folder}/records/TRIAL.json\n"
+        )
     graph = state.graph
     if graph.macs_alone:
         share = graph.macs / graph.macs_alone

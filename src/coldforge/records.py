@@ -98,6 +98,24 @@ class MaskingRecord(RecordModel):
         passed = f"{sum(check.passed for check in counted)} of {len(counted)} passed"
         return passed + (f", {silent} not conclusive" if silent else "")
 
+    @property
+    def failed(self) -> tuple[MaskingCheckRecord, ...]:
+        """The checks that make it suspect."""
+        return tuple(check for check in self.checks if not check.passed)
+
+    @property
+    def of_black_box(self) -> bool:
+        """Whether there were no gradients to look at, so that little could be asked."""
+        return any(check.name == "differentiable" and check.passed for check in self.checks)
+
+    def and_also(self, check: MaskingCheckRecord | None) -> MaskingRecord:
+        """The same with one more check. If the others were not run, it can only raise suspicion: passed, it is left
+        out.
+        """
+        if check is None or (self.verdict == "not_run" and check.passed):
+            return self
+        return MaskingRecord(verdict=self.verdict if check.passed else "suspect", checks=(*self.checks, check))
+
 
 class CurvePoint(RecordModel):
     """One epoch of a training curve."""
@@ -196,6 +214,16 @@ class Record(RecordModel):
         deploy = self.recipe.get("deploy")
         arm = deploy.get("arm") if isinstance(deploy, dict) else None
         return self.stage("compressed") if arm == "none" else self.stage("tuned", f"{arm}ly")
+
+    def is_suspect(self, stage: StageRecord) -> bool:
+        """True where the masking verdict says that the robust accuracy may not hold.
+
+        The panel judges the artifact; its verdict is also that of the network that was exported.
+        """
+        if stage.masking.verdict == "suspect":
+            return True
+        artifact = self.stage("artifact")
+        return artifact is not None and artifact.masking.verdict == "suspect" and stage is self.exported
 
     def to_json(self) -> str:
         """Indented JSON that ends with a newline."""

@@ -86,6 +86,21 @@ def test_an_honest_file_beside_its_twin_and_its_parent_is_not_flagged(networks, 
     assert "images made on other networks fooled" in asked["transfer_beats_gradient"].meaning
 
 
+@pytest.mark.parametrize("name", ["natural", "adversarial", "int8", "int4"])
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "with a surrogate"])
+def test_an_honest_file_that_is_all_there_is_is_not_flagged(name, beside, networks, data, ball, tmp_path):
+    export_onnx(networks[name], tmp_path / "model.onnx", image_shape=(1, 14, 14), classes=[str(n) for n in range(10)])
+    file = open_session(tmp_path / "model.onnx", threads=1)
+    target = Target(
+        None, file, {"its parent": networks["natural" if name == "natural" else "adversarial"]} if beside else {}
+    )
+    found = masking_panel(target, data.test, data.test_labels, SMALL if name == "natural" else ball)
+    assert not [f"{check.name}: {check.meaning}" for check in found.checks if not check.passed]
+    values = {check.name: check.value for check in found.checks}
+    assert values["scores_vary"] == 0
+    assert values.get("transfer_beats_square", 0) <= 0.12
+
+
 def test_confident_is_not_masked(natural, data):
     """Logits three times as large, as of a network trained to the end: gaps of 30, and nothing underflows."""
 

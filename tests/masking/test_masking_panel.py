@@ -39,9 +39,10 @@ ATTACKS = (
     "unbounded",
     "fgsm_beats_pgd",
     "noise_beats_gradient",
+    "scores_vary",
     "square_beats_gradient",
 )
-BLACK_BOX = ("differentiable", "larger_eps_never_weaker", "unbounded", "noise_beats_square")
+BLACK_BOX = ("differentiable", "larger_eps_never_weaker", "unbounded", "noise_beats_square", "scores_vary")
 BALL = ThreatModel("linf", 0.08)
 
 
@@ -266,6 +267,30 @@ def test_a_random_black_box_is_suspect(task):
     noisy = Changed(network, before=lambda x: x + 0.1 * torch.randn_like(x))
     found = masking_panel(Target(None, File(noisy)), images, labels, BALL)
     assert "repeatable" in failing(found)
+
+
+def test_a_black_box_that_tells_labels_only_is_suspect(task):
+    """Square then finds next to nothing, however easily the network is fooled."""
+    network, images, labels = task
+    closed = File(Changed(network, after=lambda z: 8.0 * F.one_hot(z.argmax(1), 4) - 3))
+    assert failing(masking_panel(Target(None, closed), images, labels, BALL)) == {"scores_vary"}
+    beside = masking_panel(Target(None, closed, {"open": network}), images, labels, BALL)
+    assert failing(beside) == {"scores_vary", "transfer_beats_square"}
+    honest = masking_panel(Target(None, File(network), {"open": network}), images, labels, BALL)
+    assert names(honest) == (*ANSWERS, *BLACK_BOX, "transfer_beats_square")
+    assert honest.verdict == "ok"
+
+
+def test_who_judges_the_gradient_attacks_is_the_file(task):
+    """A twin that falls where its file stands must not pass for attacks that work."""
+    network, images, labels = task
+    firm = File(Changed(network, before=lambda x: (x * 4).round() / 4))  # small steps do not reach it
+    alone, judged = (masking_panel(Target(network, file), images, labels, BALL) for file in (None, firm))
+    curve = (
+        {found.name: found.meaning for found in alone.checks},
+        {found.name: found.meaning for found in judged.checks},
+    )
+    assert curve[0]["more_steps_never_weaker"] != curve[1]["more_steps_never_weaker"]
 
 
 def test_a_network_without_gradients_is_suspect_and_attacked_as_a_black_box(task):

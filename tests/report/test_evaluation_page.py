@@ -35,9 +35,9 @@ from coldforge.report.evaluation import (
     headline,
     render_evaluation,
     rows,
-    verdict_lines,
 )
 from coldforge.report.folder import draw_any
+from coldforge.report.verdict import verdict_lines
 
 N, ATTACKED, RIGHT = 10_000, 1000, 845
 CLASSES = ("T-shirt/top", "Trouser", "Bag")
@@ -253,11 +253,22 @@ def test_suspect_names_the_failed_checks_first() -> None:
     words = Page(source).text
     assert words.index("square ✗ failed 0.180 0.0200 Square breaks more.") < words.index("zero gradients ✓ passed")
     assert 'href="#masking"' in source
-    lines = verdict_lines(sample(masking=SUSPECT))
+    lines = verdict_lines(SUSPECT)
     assert lines[0] == "Masking checks: suspect; 1 of 2 passed."
     assert lines[1:] == ["  failed: square: 0.180 against 0.0200. Square breaks more."]
-    assert verdict_lines(sample()) == ["Masking checks: ok; 2 of 2 passed."]
-    assert verdict_lines(sample(masking=MaskingRecord())) == ["Masking checks: not run."]
+    assert verdict_lines(OK) == ["Masking checks: ok; 2 of 2 passed."]
+    assert verdict_lines(MaskingRecord()) == ["Masking checks: not run."]
+
+
+def test_a_black_box_is_not_called_ok_without_a_word() -> None:
+    closed = MaskingCheckRecord(name="differentiable", passed=True, value=0.0, threshold=1.0, meaning="A black box.")
+    masking = MaskingRecord(verdict="ok", checks=(*CHECKS, closed))
+    assert verdict_lines(masking) == ["Masking checks: ok, as far as a black box can be asked; 3 of 3 passed."]
+    assert (
+        "Ok, as far as a black box can be asked. There are no gradients"
+        in Page(render_evaluation(sample(masking=masking))).text
+    )
+    assert "black box" not in Page(render_evaluation(sample())).text
 
 
 def test_the_lite_cascade_is_never_called_autoattack() -> None:
@@ -301,6 +312,7 @@ def test_what_is_left_of_the_images_found_in_8_bits_is_told() -> None:
     said = "Saved as 8-bit images inside the ball, the adversarial images found leave 71.2 % in place of 70.9 %"
     assert said in Page(render_evaluation(sample())).text
     assert "8-bit images" not in Page(render_evaluation(sample(robust_accuracy_8bit={}))).text
+    assert "in place of 70.9 % (worst case, suspect)" in Page(render_evaluation(sample(masking=SUSPECT))).text
 
 
 # --- the page in a browser -------------------------------------------------------------------------------------------

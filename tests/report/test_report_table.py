@@ -227,6 +227,12 @@ def test_what_is_left_of_the_images_found_in_8_bits_is_said(make_record: Make) -
     assert not any("8-bit" in line for line in footnotes(make_record())), "older records do not know"
 
 
+def test_8_bit_images_of_a_suspect_file_are_flagged(make_record: Make, masking_suspect: MaskingRecord) -> None:
+    record = changed(make_record(masking=masking_suspect), "artifact", robust_accuracy_8bit={"worst_case": 0.8})
+    (found,) = [line for line in footnotes(record) if "8-bit" in line]
+    assert "(worst case, suspect)" in found
+
+
 @pytest.mark.parametrize(("arm", "label"), [("adversarial", "adversarially tuned"), ("natural", "naturally tuned")])
 def test_the_network_of_a_suspect_file_is_suspect(
     arm: str, label: str, make_record: Make, masking_suspect: MaskingRecord

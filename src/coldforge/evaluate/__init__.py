@@ -3,6 +3,7 @@
 from coldforge.evaluate.fast import Precision, fast_copy
 from coldforge.evaluate.ledger import WORST_CASE, Ledger, Robustness, summarize
 from coldforge.evaluate.masking import masking_panel
+from coldforge.evaluate.masking_ledger import ledger_check
 from coldforge.evaluate.robustness import evaluate, find_adversarial
 from coldforge.evaluate.statistics import chance_doubt, mcnemar, paired_interval, wilson_interval
 from coldforge.evaluate.target import BACKWARDS, TRANSFER, TRANSFER_ATTACK, Deployed, Target
@@ -24,6 +25,7 @@ __all__ = [
     "evaluate",
     "fast_copy",
     "find_adversarial",
+    "ledger_check",
     "masking_panel",
     "mcnemar",
     "paired_interval",

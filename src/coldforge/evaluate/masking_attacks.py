@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from coldforge.attacks import PGD, Attack, Classifier, Judge, ThreatModel, parse_attack, predict
+from coldforge.attacks import PGD, Attack, Classifier, Judge, ThreatModel, margins, parse_attack, predict
 from coldforge.compress import Backward, attacking, is_quantized
 from coldforge.evaluate.binarization import surface_points
 from coldforge.evaluate.masking_checks import SMALLEST_SHARE, allowed, check, percent
@@ -48,6 +48,10 @@ UNBOUNDED_SHARE = 0.05
 """Images left when every pixel is free. Honest: 0; planted: 0.06 to 0.3."""
 SQUARE_SHARE = 0.06
 """Images that Square alone fools. Honest: at most 0.028, and 0.035 at 2 bits; planted: 0.11 to 0.8."""
+SCORE_POINTS = 8
+"""Random points, an image, at which scores are compared with those of the image."""
+FLAT_SHARE = 0.2
+"""Images whose score is the same at all of these. Honest: 0; planted (labels in place of scores): 0.9 and more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +93,8 @@ class WhiteBox:
 
     network: nn.Module
     backwards: Sequence[Backward]
+    judge: Judge | None = None
+    """Who has the last word, such as its file; None: the network."""
 
     def broken(self, task: Task, attacks: Sequence[Attack], within: Tensor | None = None) -> Tensor:
         """Images (of those ``within``) that one of ``attacks`` fools, ``(n,)`` bool."""
@@ -97,7 +103,7 @@ class WhiteBox:
         for attack in attacks:
             for backward in self.backwards:
                 with attacking(self.network, backward):
-                    fooled |= task.run(attack, self.network, left & ~fooled)
+                    fooled |= task.run(attack, self.network, left & ~fooled, self.judge)
         return fooled
 
 
@@ -111,7 +117,7 @@ def pgd(steps: int, restarts: int = 1) -> list[Attack]:
 
 
 def attack_checks(
-    box: WhiteBox, task: Task, surrogates: Mapping[str, nn.Module], file: Classifier | None, say: Callable[[str], None]
+    box: WhiteBox, task: Task, surrogates: Mapping[str, nn.Module], asked: Classifier, say: Callable[[str], None]
 ) -> list[MaskingCheckRecord]:
     """Accuracy against steps, restarts and eps; FGSM, noise, Square and transfer against the gradient attacks.
 
@@ -119,7 +125,8 @@ def attack_checks(
         box: what is attacked.
         task: the images, right when clean.
         surrogates: networks from which adversarial images are transferred.
-        file: images to logits of the deployed file, if there is one: Square asks it, and it judges what is transferred.
+        asked: who is asked by Square, and judges what is transferred: the deployed file if there is one, else the
+            network.
         say: called with the name of what comes next.
     """
     say("steps")
@@ -149,19 +156,24 @@ def attack_checks(
         noisy = fooled_by_noise(box.network, task, ~white)
         checks.append(paired("noise_beats_gradient", noisy, NOISE, "gradient attacks", BEND))
         say("Square")
-        found = task.run(named(SQUARE), file or box.network, ~white)
+        checks.append(scores_vary(asked, task))
+        found = task.run(named(SQUARE), asked, ~white)
     words = f"Square, which sees no gradients ({SQUARE}),"
     checks.append(paired("square_beats_gradient", found, words, "gradient attacks", BEND, SQUARE_SHARE))
 
     say("transfer")
-    transferred = _transferred(box.network, task, surrogates, file or box.network, ~white)
-    if transferred is not None:
-        made = "images made on other networks"
-        checks.append(paired("transfer_beats_gradient", transferred, made, "gradient attacks on this one", BEND))
+    sources: list[tuple[nn.Module, Backward]] = [(other, "pass_through") for other in surrogates.values()]
+    if is_quantized(box.network):
+        sources.append((copy.deepcopy(box.network), "unrounded"))
+    if sources:
+        with attacking(box.network):
+            found = transferred(sources, task, asked, ~white)
+        checks.append(paired("transfer_beats_gradient", found, MADE, "gradient attacks on this one", BEND))
     return checks
 
 
 START = "start PGD from the image too, and look for what bends the gradient away from it"
+MADE = "images made on other networks"
 NOISE = f"the best of {NOISE_POINTS} random points"
 BEND = (
     "let gradients through what stops or bends them (BPDA), average them over random points (EOT), and report the "
@@ -273,28 +285,38 @@ def fooled_by_noise(classifier: Classifier, task: Task, within: Tensor) -> Tenso
     return fooled
 
 
-def _transferred(
-    network: nn.Module, task: Task, surrogates: Mapping[str, nn.Module], asked: Classifier, within: Tensor
-) -> Tensor | None:
-    """Images ``within`` that fool who is ``asked``, the network or its file, and were made on another, ``(n,)`` bool:
-    on ``surrogates`` and, if the network is quantized, on its float twin. None where there is no other.
+def transferred(sources: Sequence[tuple[nn.Module, Backward]], task: Task, asked: Classifier, within: Tensor) -> Tensor:
+    """Images ``within`` that fool who is ``asked`` and were made on one of the ``sources``, each with the kind of its
+    gradients, ``(n,)`` bool.
     """
-    sources: list[tuple[nn.Module, Backward]] = [(other, "pass_through") for other in surrogates.values()]
-    if is_quantized(network):
-        sources.append((copy.deepcopy(network), "unrounded"))
-    if not sources:
-        return None
 
     def judge(points: Tensor) -> Tensor:
         return predict(asked, points).argmax(1)
 
     fooled = torch.zeros_like(within)
-    with attacking(network):
-        for other, mode in sources:
-            with attacking(other, mode):
-                for attack in pgd(STEPS[-1]):
-                    fooled |= task.run(attack, other, within & ~fooled, judge)
+    for other, mode in sources:
+        with attacking(other, mode):
+            for attack in pgd(STEPS[-1]):
+                fooled |= task.run(attack, other, within & ~fooled, judge)
     return fooled
+
+
+def scores_vary(classifier: Classifier, task: Task) -> MaskingCheckRecord:
+    """A search without gradients goes where the score falls; labels in its place lead nowhere."""
+    generator = torch.Generator().manual_seed(task.seed)
+    points = [task.images, *(task.ball.random_start(task.images, generator) for _ in range(SCORE_POINTS))]
+    seen = torch.stack([margins(predict(classifier, point), task.labels) for point in points])
+    flat = float((seen == seen[0]).all(0).double().mean())
+    share = percent(flat)
+    return check(
+        "scores_vary",
+        flat,
+        allowed(len(task.images), FLAT_SHARE),
+        f"scores tell near from far: they are the same everywhere around {share} of the images",
+        f"scores are the same at {SCORE_POINTS} random points around {share} of the images, as if only labels were "
+        "told: a search without gradients cannot see where it comes nearer",
+        "let it see the logits, neither rounded nor cut off, and report transfer from a network that is open",
+    )
 
 
 def named(name: str) -> Attack:

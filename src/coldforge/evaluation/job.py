@@ -23,6 +23,7 @@ from coldforge.evaluate import (
     ask_both,
     chance_doubt,
     evaluate,
+    ledger_check,
     masking_panel,
     summarize,
     wilson_interval,
@@ -90,6 +91,8 @@ def evaluate_path(
         progress.end(ATTACKING)
         agreed = _agreement(subject, request, n, progress)
         masking = _masking(subject, request, progress)
+        if subject.target.network is not None:
+            masking = masking.and_also(ledger_check(ledger, subject.attacks))
     seconds = time.monotonic() - begin
     origin = provenance(request.seed, command, threads=threads, precision=precision)
     record = _record(subject, request, ledger, agreed, masking, origin, seconds)

@@ -164,7 +164,8 @@ def footnotes(record: EvaluationRecord) -> list[str]:
     if record.agreement is not None:
         lines.append(_agreement(record.agreement))
     if WORST in record.robust_accuracy_8bit:
-        found = text.in_8_bits(record.robust_accuracy[WORST], record.robust_accuracy_8bit[WORST])
+        worst, rounded = (part[WORST] for part in (record.robust_accuracy, record.robust_accuracy_8bit))
+        found = text.in_8_bits(worst, rounded, _short_flags(record))
         lines.append(f"{found[0].upper()}{found[1:]}")
     if "autoattack-lite" in record.attacks:
         lines.append(text.LITE)
@@ -205,19 +206,6 @@ def evaluation_table(record: EvaluationRecord) -> Table:
             style="bold" if row.key == WORST else "",
         )
     return table
-
-
-def verdict_lines(record: EvaluationRecord) -> list[str]:
-    """The masking verdict: one line, and one for each check that failed."""
-    masking = record.masking
-    if masking.verdict == "not_run":
-        return ["Masking checks: not run" + (f": {masking.checks[-1].meaning}" if masking.checks else "") + "."]
-    failed = [check for check in masking.checks if not check.passed]
-    lines = [f"Masking checks: {masking.verdict}; {masking.tally}."]
-    for check in failed:
-        compared = f"{text.digits3(check.value)} against {text.digits3(check.threshold)}"
-        lines.append(f"  failed: {check.name.replace('_', ' ')}: {compared}. {check.meaning}")
-    return lines
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

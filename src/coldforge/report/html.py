@@ -26,7 +26,6 @@ from coldforge.report.table import (
     Speed,
     attacks,
     footnotes,
-    is_suspect,
     is_unchecked,
     shown_speed,
     speed,
@@ -81,7 +80,7 @@ def render_report(record: Record, examples_png: bytes | None = None) -> str:
     view: dict[str, Any] = {
         "record": record,
         "stage": stage,
-        "suspect": is_suspect(record, stage),
+        "suspect": record.is_suspect(stage),
         "headline": unbroken(headline(record)),
         "title": str(record.recipe.get("name") or "coldforge"),
         "description": str(record.recipe.get("description") or ""),
@@ -217,7 +216,7 @@ def _cards(record: Record, stage: StageRecord) -> Iterator[Card]:
         note = f"{text.attack(key)}, {text.norm(record.threat_model.norm)} eps {text.eps(record.threat_model.eps)}"
         if base and key in base.robust_accuracy:
             note += f"; baseline {text.percent(base.robust_accuracy[key])} %"
-        flags = {"suspect": is_suspect(record, stage), "literal threat model": not record.threat_model.box}
+        flags = {"suspect": record.is_suspect(stage), "literal threat model": not record.threat_model.box}
         flags["not checked"] = is_unchecked(stage)
         flags["validation images"] = record.images == "validation images"
         flag = ", ".join(name for name, raised in flags.items() if raised)
@@ -279,7 +278,7 @@ def _curves(record: Record, stage: StageRecord) -> Curves:
         note += f", {text.duration(stage.train_seconds)}"
     if stage.train_macs > 0:
         note += f", {text.big(stage.train_macs)} multiply-adds"
-    return Curves(stage.label, kind(stage), is_suspect(record, stage), note, curve_charts(stage.curve, stage.label))
+    return Curves(stage.label, kind(stage), record.is_suspect(stage), note, curve_charts(stage.curve, stage.label))
 
 
 def _recipe_text(record: Record) -> str:

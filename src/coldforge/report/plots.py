@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from coldforge.errors import UsageError
 from coldforge.records import Record, StageName, StageRecord
 from coldforge.report.examples import Examples
-from coldforge.report.table import WORST, attacks, is_suspect
+from coldforge.report.table import WORST, attacks
 
 INK, MUTED, RULE = "#1d2329", "#5c6670", "#d9dde1"
 RIGHT, WRONG = "#1a7f4b", "#c0272d"
@@ -193,12 +193,12 @@ def tradeoff_points(record: Record) -> list[Point]:
     key = robust_key(record)
     return [
         Point(
-            label=stage.label + (" (suspect)" if is_suspect(record, stage) else ""),
+            label=stage.label + (" (suspect)" if record.is_suspect(stage) else ""),
             kind=kind(stage),
             clean=100 * stage.clean_accuracy,
             robust=100 * stage.robust_accuracy[key],
             size_bytes=stage.size_bytes,
-            suspect=is_suspect(record, stage),
+            suspect=record.is_suspect(stage),
         )
         for stage in record.stages
         if key is not None and key in stage.robust_accuracy

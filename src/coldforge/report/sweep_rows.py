@@ -167,7 +167,6 @@ def _energy_mark(rows: Sequence[Row]) -> str:
 def single_entries(sweep: Sweep) -> list[Entry]:
     """One entry a stage of a trial."""
     shown = [*measures(sweep), *attack_measures(sweep)]
-    verdicts = _verdicts(sweep)
     return [
         Entry(
             point=tuple(row[axis] for axis in sweep.axes),
@@ -175,22 +174,16 @@ def single_entries(sweep: Sweep) -> list[Entry]:
             trials=(row["trial"],),
             label=row["label"],
             kind=kind_of(row["name"], row["label"]),
-            verdict=verdict,
-            cells={measure.key: _single(row, measure, verdict) for measure in shown},
+            verdict=row["masking"],
+            cells={measure.key: _single(row, measure) for measure in shown},
             spread={},
             threat=str(threat_models([row])),
         )
-        for row, verdict in zip(sweep.rows, verdicts, strict=True)
+        for row in sweep.rows
     ]
 
 
-def _verdicts(sweep: Sweep) -> list[str]:
-    """For each row its masking verdict; the network that a suspect file was exported from is suspect like the file."""
-    files = {row["trial"] for row in sweep.rows if row["name"] == "artifact" and row["masking"] == "suspect"}
-    return ["suspect" if row["exported"] and row["trial"] in files else row["masking"] for row in sweep.rows]
-
-
-def _single(row: Row, measure: Measure, verdict: str) -> Cell:
+def _single(row: Row, measure: Measure) -> Cell:
     value = _number(row.get(measure.key))
     if value is None:
         return Cell(text.NONE, None)
@@ -199,17 +192,15 @@ def _single(row: Row, measure: Measure, verdict: str) -> Cell:
     detail = text.interval((low, high)) if low is not None and high is not None else ""
     if measure.key == "energy_j_per_image":
         detail = text.energy_mark(row["energy_method"])
-    return Cell(measure.write(value), value, detail, _flag(measure, verdict))
+    return Cell(measure.write(value), value, detail, _flag(measure, row["masking"]))
 
 
 def mean_entries(sweep: Sweep) -> list[Entry]:
     """One entry a stage of a point of the axes: means over seeds, with their standard deviations."""
     shown = [*measures(sweep), *attack_measures(sweep)]
-    verdicts = dict(zip(((row["trial"], row["label"]) for row in sweep.rows), _verdicts(sweep), strict=True))
     entries = []
     for mean in over_seeds(sweep):
-        rows = [{**row, "masking": verdicts[row["trial"], row["label"]]} for row in mean.rows]
-        verdict = verdict_of(rows)
+        rows, verdict = mean.rows, verdict_of(mean.rows)
         entries.append(
             Entry(
                 point=mean.point,
@@ -230,6 +221,12 @@ def verdict_of(rows: Sequence[Row]) -> str:
     """One verdict for several seeds: suspect where any is, ok where all are."""
     found = {row["masking"] for row in rows}
     return "suspect" if "suspect" in found else "ok" if found == {"ok"} else "not_run"
+
+
+def failed_checks(rows: Iterable[Row]) -> str:
+    """The masking checks that failed in any of these rows, in words; empty: none, or records that do not tell."""
+    found = dict.fromkeys(name for row in rows for name in (row.get("masking:failed") or "").split(", ") if name)
+    return text.join([name.replace("_", " ") for name in found])
 
 
 def _mean(mean: Mean, rows: Sequence[Row], measure: Measure, verdict: str) -> Cell:

@@ -87,17 +87,6 @@ def subject(record: Record) -> StageRecord:
     return record.stages[0]
 
 
-def is_suspect(record: Record, stage: StageRecord) -> bool:
-    """True where the masking verdict says that the robust accuracy may not hold.
-
-    The panel judges the artifact; its verdict is also that of the network that was exported.
-    """
-    if stage.masking.verdict == "suspect":
-        return True
-    artifact = record.stage("artifact")
-    return artifact is not None and artifact.masking.verdict == "suspect" and stage is record.exported
-
-
 def is_unchecked(stage: StageRecord) -> bool:
     """True for an attacked artifact whose robust accuracy no masking check has looked at."""
     return stage.name == "artifact" and bool(stage.robust_accuracy) and stage.masking.verdict == "not_run"
@@ -174,7 +163,7 @@ def summary_rows(record: Record) -> list[SummaryRow]:
             "energy": _energy_cell(stage),
             "train": Cell(text.duration(stage.train_seconds)),
         }
-        rows.append(SummaryRow(stage=stage, suspect=is_suspect(record, stage), cells=cells))
+        rows.append(SummaryRow(stage=stage, suspect=record.is_suspect(stage), cells=cells))
     return rows
 
 
@@ -186,7 +175,7 @@ def _robust_cell(record: Record, stage: StageRecord, name: str) -> Cell:
     count = stage.robust_n.get(name, stage.n)
     if count != stage.n:
         detail = f"{detail} (n {count:,})".strip()
-    return Cell(text.percent(value), detail, "suspect" if is_suspect(record, stage) else "")
+    return Cell(text.percent(value), detail, "suspect" if record.is_suspect(stage) else "")
 
 
 def _latency_cell(stage: StageRecord, found: Speed | None) -> Cell:
@@ -220,7 +209,8 @@ def footnotes(record: Record) -> list[str]:
         lines += [note for name, note in text.ATTACK_NOTES.items() if name in attacks(record)]
     artifact = record.stage("artifact")
     if artifact is not None and WORST in artifact.robust_accuracy_8bit:
-        found = text.in_8_bits(artifact.robust_accuracy[WORST], artifact.robust_accuracy_8bit[WORST])
+        flag = "suspect" if record.is_suspect(artifact) else ""
+        found = text.in_8_bits(artifact.robust_accuracy[WORST], artifact.robust_accuracy_8bit[WORST], flag)
         lines.append(f"The artifact's file: {found}")
     if any(stage.latency_s for stage in record.stages):
         eager = (base := record.stage("baseline")) is not None and any(is_eager(row) for row in base.latency_s)
@@ -231,7 +221,7 @@ def footnotes(record: Record) -> list[str]:
         )
     if not threat.box:
         lines.append(LITERAL)
-    labels = [stage.label for stage in record.stages if is_suspect(record, stage)]
+    labels = [stage.label for stage in record.stages if record.is_suspect(stage)]
     if labels:
         lines.append(f"Suspect ({text.join(labels)}): the masking checks failed; do not rely on these robust numbers.")
     lines += [f"Not checked ({stage.label}): {UNCHECKED}" for stage in record.stages if is_unchecked(stage)]

@@ -43,11 +43,12 @@ def interval(bounds: tuple[float, float] | None) -> str:
     return "" if bounds is None else f"{percent(bounds[0])}–{percent(bounds[1])}"
 
 
-def in_8_bits(found: float, rounded: float) -> str:
-    """What the worst case becomes where adversarial images are saved as 8-bit images."""
+def in_8_bits(found: float, rounded: float, flags: str = "") -> str:
+    """What the worst case becomes where adversarial images are saved as 8-bit images; with its ``flags``."""
+    raised = f", {flags}" if flags else ""
     return (
         f"saved as 8-bit images inside the ball, the adversarial images found leave {percent(rounded)} % in place of "
-        f"{percent(found)} % (worst case); none was sought among such images."
+        f"{percent(found)} % (worst case{raised}); none was sought among such images."
     )
 
 

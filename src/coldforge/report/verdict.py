@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from coldforge.records import Record, StageRecord
+from coldforge.records import MaskingRecord, Record, StageRecord
 from coldforge.report import text
 from coldforge.report.table import (
     SUSPECT,
@@ -12,7 +12,6 @@ from coldforge.report.table import (
     WORST,
     attacks,
     is_eager,
-    is_suspect,
     is_unchecked,
     shown_speed,
     subject,
@@ -32,8 +31,20 @@ def headline(record: Record) -> str:
         found = [part for part in parts if part]
         body = ", ".join(found[:-1]) + f", and {found[-1]}" if len(found) > 2 else " and ".join(found)
         sentence = f"{lead}{who} {body}."
-    caution = SUSPECT if is_suspect(record, stage) else UNCHECKED if is_unchecked(stage) else ""
+    caution = SUSPECT if record.is_suspect(stage) else UNCHECKED if is_unchecked(stage) else ""
     return f"{sentence} {caution}".rstrip()
+
+
+def verdict_lines(masking: MaskingRecord) -> list[str]:
+    """The masking verdict: one line, and one for each check that failed, with what to do."""
+    if masking.verdict == "not_run":
+        return ["Masking checks: not run" + (f": {masking.checks[-1].meaning}" if masking.checks else "") + "."]
+    far = ", as far as a black box can be asked" if masking.of_black_box and masking.verdict == "ok" else ""
+    lines = [f"Masking checks: {masking.verdict}{far}; {masking.tally}."]
+    for check in masking.failed:
+        compared = f"{text.digits3(check.value)} against {text.digits3(check.threshold)}"
+        lines.append(f"  failed: {check.name.replace('_', ' ')}: {compared}. {check.meaning}")
+    return lines
 
 
 def _pct(fraction: float) -> str:

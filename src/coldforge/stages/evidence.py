@@ -14,7 +14,7 @@ from safetensors.torch import save
 from coldforge.attacks import as_parts, parse_attack, parse_pgd, predict
 from coldforge.compress import load_network, weight_bit_widths
 from coldforge.deploy import OnnxSession, export_onnx, int8_saturates, open_session, write_probe
-from coldforge.evaluate import Precision, Target, ask_both, find_adversarial, masking_panel, summarize
+from coldforge.evaluate import Precision, Target, ask_both, find_adversarial, ledger_check, masking_panel, summarize
 from coldforge.evaluate import evaluate as evaluate_network
 from coldforge.measure import count_macs, count_params, energy_per_image, measure_latency, packed_bytes
 from coldforge.provenance import hardware_fingerprint, versions
@@ -31,7 +31,7 @@ _SEARCH = 3
 """Raised when attacks of the same settings find other points."""
 _PANEL_PASSES = 1500
 """Forward passes that the masking panel takes for an image, roughly."""
-_PANEL_VERSION = 4
+_PANEL_VERSION = 5
 """Raise it when the panel may judge otherwise: its entries in the store are then not found any more, all others are."""
 
 
@@ -97,7 +97,10 @@ def evaluate(shop: Shop, network: Stage, what: str, *, parent: Stage, file: Stag
         )
         ledger.write(folder / "ledger.parquet")
         disputed = sum(int(column.sum()) for column in ledger.disputed.values())
-        write_json(folder / "result.json", {**summarize(ledger, structure.classes).__dict__, "disputed": disputed})
+        found = {**summarize(ledger, structure.classes).__dict__, "disputed": disputed}
+        if (check := ledger_check(ledger, attacks)) is not None:
+            found["masking_check"] = check.model_dump()
+        write_json(folder / "result.json", found)
 
     inputs = [network] + ([parent] if transfers else []) + ([file] if file is not None else [])
     images = recipe.evaluate.n or len(shop.evaluated)

@@ -96,7 +96,8 @@ def _rows_of(folder: Path, trial: dict[str, Any], axes: Sequence[str]) -> Iterat
     head["images"] = record.images
     head |= {f"threat_model:{name}": value for name, value in record.threat_model.model_dump().items()}
     for stage in record.stages:
-        yield head | {"exported": stage is record.exported} | flat(stage.model_dump(mode="json"))
+        row = head | {"exported": stage is record.exported} | flat(stage.model_dump(mode="json"))
+        yield row | ({"masking": "suspect"} if record.is_suspect(stage) else {})
 
 
 def flat(stage: dict[str, Any]) -> Row:
@@ -123,6 +124,7 @@ def flat(stage: dict[str, Any]) -> Row:
                 row |= {f"agreement:{part}": share for part, share in (value or {}).items()}
             case "masking":
                 row["masking"] = value["verdict"]
+                row["masking:failed"] = ", ".join(check["name"] for check in value["checks"] if not check["passed"])
             case "notes":
                 row["notes"] = "; ".join(value)
             case "per_class" | "curve":
