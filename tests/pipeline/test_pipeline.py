@@ -178,7 +178,7 @@ def test_only_trained_rows_cost_training(made):
         assert len(stage.curve) == (1 if trained else 0)
     natural, adversarial = made.record.stages[2:4]
     assert natural.train_macs == 192 * 3 * natural.macs  # 6 of 6.25 batches
-    assert adversarial.train_macs == 192 * (3 + 2 * 2) * adversarial.macs  # pgd-2
+    assert adversarial.train_macs == 192 * (3 + 2 * 4) * adversarial.macs  # pgd-4
     assert natural.curve[0].robust_accuracy == -1
     assert adversarial.curve[0].robust_accuracy >= 0
 

@@ -210,7 +210,7 @@ def test_estimates_know_what_is_expensive(recipe, stages_of):
 
 
 def test_what_changed_for_some_trainings_changes_their_keys_only(recipe, stages_of, monkeypatch):
-    settings = {"finetune.optimizer": "sgd", "control.train": True, "reference.train": True}
+    settings = {"finetune.optimizer": "sgd", "control.train": True, "reference.train": True, "reference.keep": "last"}
     for changes, affected in (
         ({}, []),
         ({"finetune.optimizer": "muon"}, ["fine-tune: natural", "fine-tune: adversarial"]),

@@ -81,8 +81,9 @@ class FinetuneSpec(TrainSpec):
     teacher: Literal["baseline", "hardened", "reference"] = "baseline"
     """Who teaches in distill: the dense baseline, the same after [harden], or the dense reference that was trained
     adversarially from scratch (trained if need be)."""
-    attack: str = "pgd-2"
-    """Inner attack of the adversarial arm: fgsm-rs, n-fgsm, fgsm-reuse, or pgd-K such as pgd-7."""
+    attack: str = "pgd-4"
+    """Inner attack of the adversarial arm: fgsm-rs, n-fgsm, fgsm-reuse, or pgd-K such as pgd-7. Weaker ones are faster
+    and may teach a network to mislead them (docs/recipes.md, the quickstart)."""
     optimizer: Literal["sgd", "muon"] = "muon"
     """sgd: stochastic gradient descent with momentum. muon: orthogonal steps for hidden layers, for the rest sgd."""
     batch_size: int = Field(default=64, ge=1)
@@ -181,6 +182,8 @@ class ReferenceSpec(TrainSpec):
     """Passes over the training images."""
     lr: Number = Field(default=0.05, gt=0)
     """Peak learning rate."""
+    keep: Literal["last", "best"] = "best"
+    """Which epoch is kept: the last, or the one that is best on the validation part."""
     train: bool = False
     """Train and evaluate the reference too (takes many times the fine-tuning)."""
 
