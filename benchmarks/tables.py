@@ -67,7 +67,7 @@ def training_speed(record: Contents) -> str:
                     f"{row['median_images_per_s']:.0f}",
                     f"{row['ours_times_faster']:.2f}",
                     f"{watched:.2f}" if watched else "",
-                    goal(row),
+                    goal(row) if row.get("same_work", True) else "not the same work",
                     f"{row['forward_passes_an_image']:.1f}",
                     f"{after['clean_loss']:.2f}, {after['fgsm_loss']:.2f}",
                     f"{100 * after['clean_accuracy']:.0f}, {100 * after['fgsm_accuracy']:.0f}",
@@ -203,6 +203,8 @@ def goals(records: Mapping[str, Contents]) -> str:
     found: list[tuple[str, str, Contents]] = []
     for run in records.get("training_speed", _NONE)["runs"]:
         peers = [row for row in run["rows"] if row["goal"] is not None]
+        if not peers:
+            continue  # nobody did the same work
         hardest = min(peers, key=lambda row: row["ours_times_faster"])
         what = f"adversarial training, {run['network']}, {run['attack']}: times the fastest of the others"
         found.append((what, f"{hardest['ours_times_faster']:.2f} ({hardest['who']})", {**hardest, "sign": "≥"}))

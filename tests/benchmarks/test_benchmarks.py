@@ -147,6 +147,20 @@ def test_training_speed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert "adversarial training, cnn8, pgd-7" in tables.goals({"training_speed": record.content})
 
 
+def test_a_ratio_between_trainings_that_came_apart_is_not_judged() -> None:
+    ours = {"clean_accuracy": 0.7, "fgsm_accuracy": 0.4, "clean_loss": 1.0, "fgsm_loss": 2.0}
+    assert training_speed.is_same_work(ours | {"fgsm_accuracy": 0.36, "fgsm_loss": 3.0}, ours)
+    assert not training_speed.is_same_work(ours | {"fgsm_accuracy": 0.34}, ours)
+    assert not training_speed.is_same_work(ours | {"clean_accuracy": 0.76}, ours)
+    row = {"who": "art", "version": "art 1", "median_images_per_s": 5.0, "ours_times_faster": 9.0, "same_work": False}
+    row |= {"ours_times_faster_with_watching": None, "forward_passes_an_image": 2.0, "after": ours, "goal": None}
+    run = {"network": "cnn8", "attack": "pgd-7", "rows": [row | {"met": None}], "before": {}, "threads": 1}
+    hardware = {"cpu": "x", "flags": []}
+    record = {"runs": [run | {"provenance": {"hardware": hardware, "versions": {"torch": "2"}}}]}
+    assert "| not the same work |" in tables.training_speed(record)
+    assert "adversarial training" not in tables.goals({"training_speed": record})
+
+
 def _small(training: training_cost.Training) -> training_cost.Training:
     """The same in batches of 8, with nothing compiled."""
     compute = training.recipe.compute.model_copy(update={"compile": "off"})
