@@ -78,8 +78,8 @@ FEW = 64
 JUDGED = 1000
 """Validation images on which everybody's network is looked at afterwards."""
 SAME = 0.05
-"""By so much accuracies, clean and under FGSM, may differ after trainings that did the same work. Where they differ more,
-the times are of other work, and no goal is judged."""
+"""By so much accuracies, clean and under FGSM, may differ after trainings that did the same work. Where they differ
+more, the times are of other work, and no goal is judged."""
 LEAST_STEPS, MOST_STEPS = 2, 60
 
 

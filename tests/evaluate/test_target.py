@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 
 import onnxruntime
@@ -276,6 +277,42 @@ def test_a_budget_is_said_and_what_is_left_counts_as_standing(task, threat, whol
     long = evaluate(Target(model), data, SHORT, threat, seed=2, budget_s=1e6)
     assert long.unfinished == {}
     assert same(long, whole)
+
+
+def test_a_larger_budget_goes_on_where_a_smaller_one_ended_and_time_is_counted_once(task, threat, whole, tmp_path):
+    model, data = task
+    path, clock = tmp_path / "journal", pytest.MonkeyPatch()
+    asked = []
+
+    def evaluated(seconds, budget):
+        """With a clock that moves by so many seconds whenever it is looked at."""
+        now = [0.0]
+
+        def tick():
+            now[0] += seconds
+            return now[0]
+
+        asked.clear()
+        with clock.context() as patched:
+            patched.setattr("time.monotonic", tick)
+            return evaluate(
+                Target(model),
+                data,
+                SHORT,
+                threat,
+                seed=2,
+                budget_s=budget,
+                checkpoint=path,
+                on_progress=lambda fraction, name: asked.append(name),
+            )
+
+    short = evaluated(1.0, 12.0)
+    assert 0 < sum(short.unfinished.values()) < 2 * int(whole.right.sum())
+    spent = json.loads(path.read_text().splitlines()[-1])["spent"]
+    assert spent > 12
+    again = evaluated(1.0, 12.0)  # nothing is left of it
+    assert again.unfinished == short.unfinished
+    assert same(evaluated(1e-6, 1e6), whole)
 
 
 # --- fast searches

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,8 +162,8 @@ class Row:
 
 
 class Journal:
-    """An evaluation under way: one line of JSON for each image and try. A kill loses a second of work, and what the try
-    at hand has fooled, which is soon done again.
+    """An evaluation under way: one line of JSON for each image and try, and for the time spent so far. A kill loses a
+    second of work, and what the try at hand has fooled, which is soon done again.
 
     Args:
         path: the file; None keeps nothing. One of another evaluation, or damaged, is started again.
@@ -171,10 +172,16 @@ class Journal:
 
     def __init__(self, path: Path | None, key: str) -> None:
         self._path = path
+        self._before, self._begun = 0.0, time.monotonic()
         self._rows: dict[str, dict[int, Row]] = {}
         self._waiting: list[str] = []
         if path is not None and not self._read(path, key):
             path.write_text(json.dumps({"evaluation": key}) + "\n", encoding="utf-8")
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the beginning, those of processes that were killed or ran out of budget included."""
+        return self._before + time.monotonic() - self._begun
 
     def found(self, what: str) -> dict[int, Row]:
         """What is known of one try: image -> row."""
@@ -186,10 +193,10 @@ class Journal:
             self._waiting.append(json.dumps({"try": what, "image": image, **row.__dict__}) + "\n")
 
     def flush(self) -> None:
-        """Write what is waiting."""
-        if self._path is not None and self._waiting:
+        """Write what is waiting, and the time."""
+        if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(self._waiting)
+                file.writelines([*self._waiting, json.dumps({"spent": self.spent}) + "\n"])
                 file.flush()
                 os.fsync(file.fileno())
             self._waiting.clear()
@@ -202,6 +209,7 @@ class Journal:
             return False
         for line in lines[1:]:
             values = _parsed(line)  # the last line of a killed run may be torn
+            self._before = values.get("spent", self._before)
             with contextlib.suppress(KeyError, TypeError):
                 what, image = values.pop("try"), values.pop("image")
                 self._rows.setdefault(what, {})[image] = Row(**values)

@@ -63,8 +63,8 @@ def evaluate(
         seed: seed of the random draws.
         precision: how attacks search; whatever it is, every success is verified in float32 or on the file.
         transfer: also try the images that fool the float twin and the surrogates.
-        budget_s: stop attacking after so many seconds; 0: never. What was not finished counts as standing, and
-            ``Ledger.unfinished`` says how much that is.
+        budget_s: stop attacking after so many seconds, those that ``checkpoint`` knows of included; 0: never. What was
+            not finished counts as standing, and ``Ledger.unfinished`` says how much that is.
         refuse: refuse probabilities; False: whatever the network answers, its answers are taken for logits.
         checkpoint: a file in which an evaluation that was killed finds what it knew; the caller deletes it.
         on_progress: called with the finished fraction and the name of the attack.
@@ -78,7 +78,6 @@ def evaluate(
     """
     if len(data) == 0:
         raise AttackError("expected test images, got none")
-    deadline = time.monotonic() + budget_s if budget_s else float("inf")
     images, labels = data.pixels(), data.labels
     count = min(n, len(data)) if n else len(data)
     some, names = _some(images), names_of(images[:count])
@@ -88,6 +87,7 @@ def evaluate(
     tries = _plan(Ways(target, some, precision), attacks, threat_model, transfer)
     key = "" if checkpoint is None else _key(target, some, [data.fingerprint, ledger.answers, count, seed, precision])
     journal = Journal(checkpoint, spec_hash(key, str(threat_model), [(c, a.describe(), w.label) for c, a, w in tries]))
+    deadline = time.monotonic() + budget_s - journal.spent if budget_s else float("inf")
     for number, (column, attack, way) in enumerate(tries):
         if column not in ledger.fooled:
             ledger.open(column, count)

@@ -97,8 +97,9 @@ def evaluate_path(
     origin = provenance(request.seed, command, threads=threads, precision=precision)
     record = _record(subject, request, ledger, agreed, masking, origin, seconds)
     _write(out, record, ledger)
-    for leftover in out.glob(f"{checkpoint.name}*"):
-        leftover.unlink()
+    if not ledger.unfinished:  # else a larger budget goes on from there
+        for leftover in out.glob(f"{checkpoint.name}*"):
+            leftover.unlink()
     return record
 
 

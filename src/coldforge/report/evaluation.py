@@ -128,7 +128,7 @@ def cautions(record: EvaluationRecord) -> Iterator[tuple[str, str]]:
         yield (
             "Bounded by budget",
             f"In {_budget(record)}, {text.join(parts)}; these count as robust. With more time the robust accuracy can "
-            "only fall.",
+            "only fall: the same command with a larger --budget goes on from there.",
         )
     if not record.threat_model.box:
         yield "Literal threat model", LITERAL.partition(": ")[2].capitalize()
