@@ -21,7 +21,7 @@ _FEW = (2, 4)
 """Smaller sizes, for images that are asked about once: a judge is mostly shown one or two."""
 _WORTH = 4
 """A size is tried only where it promises to save so many times the images that trying it takes."""
-_SHRINK = 0.75
+_SHRINK = 0.9
 """A tile is made smaller where at most this part of it is still in use."""
 
 
