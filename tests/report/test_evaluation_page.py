@@ -271,6 +271,13 @@ def test_a_black_box_is_not_called_ok_without_a_word() -> None:
     assert "black box" not in Page(render_evaluation(sample())).text
 
 
+def test_accuracies_by_class_of_other_images_are_told_apart() -> None:
+    said = "Clean: of all 10,000 test images; robust: of the 1,000 that were attacked"
+    assert said in Page(render_evaluation(sample())).text
+    everything = sample(n=ATTACKED, robust_n=dict.fromkeys(sample().robust_accuracy, ATTACKED))
+    assert "Clean: of all" not in Page(render_evaluation(everything)).text
+
+
 def test_the_lite_cascade_is_never_called_autoattack() -> None:
     record = sample()
     words = Page(render_evaluation(record)).text

@@ -262,7 +262,7 @@ def _cards(record: EvaluationRecord) -> Iterator[Card]:
         _short_flags(record),
     )
     yield Card("Perturbation", text.eps_255(threat.eps_255), text.norm(threat.norm), f"eps {text.eps(threat.eps)}")
-    passed = record.masking.tally
+    passed = record.masking.tally + ("; a black box" if record.masking.of_black_box else "")
     verdict = {"ok": "ok", "suspect": "suspect", "not_run": "not run"}[record.masking.verdict]
     yield Card("Masking checks", verdict, "", passed, "does it hold?" if verdict == "suspect" else "")
     kinds = {"folder": "file and its twin", "checkpoint": "network", "onnx": "black box"}
