@@ -14,7 +14,7 @@ import torch
 from coldforge._version import __version__
 from coldforge.attacks import as_parts, parse_attack
 from coldforge.errors import StoreError, UsageError
-from coldforge.evaluate import BACKWARDS, TRANSFER, TRANSFER_ATTACK
+from coldforge.evaluate import BACKWARDS, TRANSFER, TRANSFER_ATTACK, Ledger, ledger_check
 from coldforge.models import channels_last
 from coldforge.provenance import provenance
 from coldforge.recipe import to_toml
@@ -23,7 +23,6 @@ from coldforge.records import (
     AgreementRecord,
     CurvePoint,
     LatencyRecord,
-    MaskingCheckRecord,
     MaskingRecord,
     PruningRatioRecord,
     Record,
@@ -117,17 +116,16 @@ def _row(shop: Shop, made: Arrow, row: str) -> StageRecord:
         if all(attack.uses_gradients for attack in attacks):
             notes.append(UNASKED)
         notes += _warnings(cost, found, reduced=shop.recipe.deploy.reduce_range)
-    robustness = dict(shop.result(made.evidence[f"evaluate: {row}"]))
-    beyond = robustness.pop("masking_check", None)
+    evaluated = made.evidence[f"evaluate: {row}"]
     checked = made.evidence.get(f"masking: {row}")
     masking = MaskingRecord() if checked is None else MaskingRecord.model_validate(shop.result(checked))
-    if beyond is not None:
-        masking = masking.and_also(MaskingCheckRecord.model_validate(beyond))
+    ledger = Ledger.read(shop.folder(evaluated) / "ledger.parquet")
+    masking = masking.and_also(ledger_check(ledger, [parse_attack(name) for name in shop.recipe.evaluate.attacks]))
     return StageRecord(
         name=name,
         label=label,
         **{**cost, "pruning_ratio": PruningRatioRecord(**cost["pruning_ratio"])},
-        **robustness,
+        **shop.result(evaluated),
         masking=masking,
         latency_s=tuple(LatencyRecord(**timing) for timing in measured["latency"].get(row, [])),
         energy_j_per_image=energy.get("joules_per_image"),

@@ -28,6 +28,7 @@ from coldforge.evaluate import (
     paired_interval,
     robustness,
 )
+from coldforge.evaluate.ledger import Journal
 from coldforge.evaluate.robustness import names_of
 from coldforge.evaluate.target import Ways
 from coldforge.recipe import QuantizeSpec
@@ -313,6 +314,13 @@ def test_a_larger_budget_goes_on_where_a_smaller_one_ended_and_time_is_counted_o
     again = evaluated(1.0, 12.0)  # nothing is left of it
     assert again.unfinished == short.unfinished
     assert same(evaluated(1e-6, 1e6), whole)
+
+
+@pytest.mark.parametrize("spent", ["null", '"long"', "-3.0", "NaN", "[1.0]"])
+def test_a_damaged_time_is_no_time(tmp_path, spent):
+    path = tmp_path / "journal"
+    path.write_text(f'{{"evaluation": "key"}}\n{{"spent": 7.5}}\n{{"spent": {spent}}}\n')
+    assert 7.5 <= Journal(path, "key").spent < 60
 
 
 # --- fast searches

@@ -281,6 +281,32 @@ def test_a_black_box_that_tells_labels_only_is_suspect(task):
     assert honest.verdict == "ok"
 
 
+def test_a_ball_smaller_than_the_steps_of_the_input_says_nothing_of_the_scores(task):
+    network, images, labels = task
+    stepped = File(Changed(network, before=lambda x: (x * 255).round() / 255))
+    exact = (images * 255).round() / 255
+    found = masking_panel(Target(None, stepped), exact, labels, ThreatModel("linf", 0.001))
+    (scores,) = [check for check in found.checks if check.name == "scores_vary"]
+    assert scores.value == 1.0
+    assert scores.passed
+    assert not scores.conclusive
+    assert found.verdict == "ok"
+
+
+def test_noise_is_judged_by_the_file_too(task):
+    """It stands everywhere; that its twin does not is no sign of masking."""
+    network, images, labels = task
+
+    class Firm(nn.Module):
+        def forward(self, points):
+            nearest = torch.cdist(points.flatten(1), images.flatten(1)).argmin(1)
+            return network(points) * 1e-3 + 30 * F.one_hot(labels[nearest], 4)
+
+    found = masking_panel(Target(network, File(Firm())), images, labels, ThreatModel("linf", 0.3))
+    assert "noise_beats_gradient" not in failing(found)
+    assert next(check.value for check in found.checks if check.name == "noise_beats_gradient") <= 1 / 40
+
+
 def test_who_judges_the_gradient_attacks_is_the_file(task):
     """A twin that falls where its file stands must not pass for attacks that work."""
     network, images, labels = task

@@ -131,6 +131,23 @@ class Ledger:
             columns[f"{attack}:by"] = [*broken_by, *[None] * (n - len(broken_by))]
         pq.write_table(pa.table(columns), path)
 
+    @classmethod
+    def read(cls, path: Path) -> Ledger:
+        """What :meth:`write` wrote: labels, answers, and of each attack what it fooled and finished, and by what."""
+        import pyarrow.parquet as pq
+
+        columns = pq.read_table(path).to_pydict()
+        ledger = cls(torch.tensor(columns["label"]), torch.tensor(columns["clean_answer"]))
+        for name in columns:
+            attack, colon, what = name.rpartition(":")
+            if colon and what == "fooled":
+                count = sum(value is not None for value in columns[name])
+                ledger.open(attack, count)
+                ledger.fooled[attack] = torch.tensor(columns[name][:count])
+                ledger.finished[attack] = torch.tensor(columns[f"{attack}:finished"][:count])
+                ledger.by[attack] = [by or "" for by in columns[f"{attack}:by"][:count]]
+        return ledger
+
 
 @dataclass(frozen=True)
 class Row:
@@ -209,7 +226,8 @@ class Journal:
             return False
         for line in lines[1:]:
             values = _parsed(line)  # the last line of a killed run may be torn
-            self._before = values.get("spent", self._before)
+            if isinstance(spent := values.get("spent"), float) and 0 <= spent < float("inf"):
+                self._before = spent
             with contextlib.suppress(KeyError, TypeError):
                 what, image = values.pop("try"), values.pop("image")
                 self._rows.setdefault(what, {})[image] = Row(**values)

@@ -92,7 +92,8 @@ class Request(NetworkRequest):
     attack: tuple[str, ...] | None = None
     """comma-separated, see `coldforge recipes --attacks`; default: fgsm,pgd-20,autoattack-lite; .onnx alone: square."""
     budget: str | None = None
-    """stop attacking after so long, such as 20min or 1h; what is unfinished is said; checks come on top."""
+    """stop attacking after so long, such as 20min or 1h; what is unfinished is said, and done by the same command with
+    a larger budget; checks come on top."""
     surrogate: Path | None = None
     """a folder of `coldforge run` or a checkpoint, on which to find images that are then tried on the target."""
     precision: Literal["auto", "exact", "fp32", "bf16"] = "auto"

@@ -98,7 +98,7 @@ def load_subject(path: Path, request: Request, *, threads: int) -> Subject:
             notes.append(f"the file was asked about normalized pixels: mean {request.mean}, std {request.std}")
         _check(_FileAsModule(asked), data, str(path))
         notes += _names_differ(file, data)
-    if kind == "folder" and all(part.uses_gradients for attack in attacks for part in as_parts(attack)):
+    if kind == "folder" and attacks and all(part.uses_gradients for attack in attacks for part in as_parts(attack)):
         notes.append("no attack searched on the file itself (--attack names no square): its worst case is without one")
     surrogates = {"the surrogate": surrogate.module} if surrogate else {}
     return Subject(

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from coldforge.attacks import as_parts, parse_attack, parse_pgd, predict
 from coldforge.compress import load_network, weight_bit_widths
 from coldforge.deploy import OnnxSession, export_onnx, int8_saturates, open_session, write_probe
-from coldforge.evaluate import Precision, Target, ask_both, find_adversarial, ledger_check, masking_panel, summarize
+from coldforge.evaluate import Precision, Target, ask_both, find_adversarial, masking_panel, summarize
 from coldforge.evaluate import evaluate as evaluate_network
 from coldforge.measure import count_macs, count_params, energy_per_image, measure_latency, packed_bytes
 from coldforge.provenance import hardware_fingerprint, versions
@@ -97,10 +97,7 @@ def evaluate(shop: Shop, network: Stage, what: str, *, parent: Stage, file: Stag
         )
         ledger.write(folder / "ledger.parquet")
         disputed = sum(int(column.sum()) for column in ledger.disputed.values())
-        found = {**summarize(ledger, structure.classes).__dict__, "disputed": disputed}
-        if (check := ledger_check(ledger, attacks)) is not None:
-            found["masking_check"] = check.model_dump()
-        write_json(folder / "result.json", found)
+        write_json(folder / "result.json", {**summarize(ledger, structure.classes).__dict__, "disputed": disputed})
 
     inputs = [network] + ([parent] if transfers else []) + ([file] if file is not None else [])
     images = recipe.evaluate.n or len(shop.evaluated)
