@@ -296,7 +296,7 @@ def main() -> None:
             continue
         result = run(task, attack, who, seed, arguments.reference, mixed=arguments.mixed)
         kept = [old for old in record["results"] if not is_same(old, *job)]
-        record = {"results": [*kept, result], "provenance": provenance(seed, ["python", *sys.argv])}
+        record = {"results": sorted([*kept, result], key=place), "provenance": provenance(seed, ["python", *sys.argv])}
         record["verdicts"] = list(verdicts(with_ensembles(record["results"])))
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(arguments.out, json.dumps(record, indent=1) + "\n")
