@@ -108,19 +108,19 @@ def _row(shop: Shop, made: Arrow, row: str) -> StageRecord:
     energy = measured["energy"].get(row, {})
     # what a reader must know of a network, he must know of what was made from it
     notes = [note for outcome in outcomes.values() for note in outcome.get("notes", [])]
+    attacks = [parse_attack(name) for name in shop.recipe.evaluate.attacks]
     agreed: AgreementRecord | None = None
     if row == "artifact":
         found = shop.result(made.evidence["agree"])
         agreed = AgreementRecord(clean=found["clean"], adversarial=found["adversarial"])
-        attacks = [part for name in shop.recipe.evaluate.attacks for part in as_parts(parse_attack(name))]
-        if all(attack.uses_gradients for attack in attacks):
+        if all(part.uses_gradients for attack in attacks for part in as_parts(attack)):
             notes.append(UNASKED)
         notes += _warnings(cost, found, reduced=shop.recipe.deploy.reduce_range)
     evaluated = made.evidence[f"evaluate: {row}"]
     checked = made.evidence.get(f"masking: {row}")
     masking = MaskingRecord() if checked is None else MaskingRecord.model_validate(shop.result(checked))
     ledger = Ledger.read(shop.folder(evaluated) / "ledger.parquet")
-    masking = masking.and_also(ledger_check(ledger, [parse_attack(name) for name in shop.recipe.evaluate.attacks]))
+    masking = masking.and_also(ledger_check(ledger, attacks))
     return StageRecord(
         name=name,
         label=label,

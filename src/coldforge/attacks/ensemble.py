@@ -35,6 +35,11 @@ class Ensemble(Spec):
         for part in self.parts:
             part.check(threat_model)
 
+    def passes(self, classes: int) -> float:
+        """As of every attack, where an image stands all parts."""
+        total: float = sum(part.passes(classes) for part in self.parts)
+        return total
+
     def describe(self) -> dict[str, Any]:
         """Everything that defines the attack, for the record."""
         return {"attack": "Ensemble", "version": self.version, "parts": [part.describe() for part in self.parts]}

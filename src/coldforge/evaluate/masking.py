@@ -229,7 +229,8 @@ def _black_box(
         made = transferred([(other, "pass_through") for other in surrogates.values()], task, classifier, ~found)
         found_more = paired("transfer_beats_square", made, MADE, f"Square ({SQUARE})", CLOSED, TRANSFER_SHARE)
         if not found_more.passed and task.images[0].numel() > MOST_VALUES:
-            found_more = found_more.model_copy(update={"passed": True, "conclusive": False})
+            meaning = f"not conclusive, so not counted (Square changes little of so large images): {found_more.meaning}"
+            found_more = found_more.model_copy(update={"passed": True, "conclusive": False, "meaning": meaning})
         checks.append(found_more)
     return checks
 

@@ -24,8 +24,6 @@ from coldforge.spec import spec_hash
 
 _ALIKE_IMAGES = 128
 _FLUSH_SECONDS = 1.0
-_CLASSES = 10
-"""Of whatever data, where only the order of costs is asked."""
 
 Try = tuple[str, Attack, Way]
 """Column of the ledger, attack, and how it is run."""
@@ -84,7 +82,8 @@ def evaluate(
     if refuse:
         _refuse_probabilities(target, some)
     ledger = Ledger(labels, target.answers(images), seed=seed)
-    tries = _plan(Ways(target, some, precision), attacks, threat_model, transfer)
+    cheapest_first = sorted(attacks, key=lambda attack: attack.passes(len(data.classes)))  # a budget misses the dearest
+    tries = _plan(Ways(target, some, precision), cheapest_first, threat_model, transfer)
     key = "" if checkpoint is None else _key(target, some, [data.fingerprint, ledger.answers, count, seed, precision])
     journal = Journal(checkpoint, spec_hash(key, str(threat_model), [(c, a.describe(), w.label) for c, a, w in tries]))
     deadline = time.monotonic() + budget_s - journal.spent if budget_s else float("inf")
@@ -188,17 +187,11 @@ def _some(images: Tensor) -> Tensor:
 def _plan(ways: Ways, attacks: Sequence[Attack | Ensemble], threat_model: ThreatModel, transfer: bool) -> list[Try]:
     for attack in attacks:
         attack.check(threat_model)
-    ordered = sorted(attacks, key=_passes)  # cheapest first: what a budget does not reach is the dearest
-    plan = [(whole.name, part, way) for whole in ordered for part in as_parts(whole) for way in ways.of(part)]
+    plan = [(whole.name, part, way) for whole in attacks for part in as_parts(whole) for way in ways.of(part)]
     if transfer and attacks:
         attack, sources = ways.transfer()
         plan += [(TRANSFER, attack, way) for way in sources]
     return plan
-
-
-def _passes(attack: Attack | Ensemble) -> float:
-    """Time on an image that stands, in forward passes."""
-    return sum(part.passes(_CLASSES) for part in as_parts(attack))
 
 
 def _run(

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from coldforge.errors import UsageError
-from coldforge.evaluate import WORST_CASE, mcnemar, paired_interval
+from coldforge.evaluate import WORST_CASE, Ledger, mcnemar, paired_interval
 from coldforge.records import MaskingRecord, ThreatModelRecord, load_evaluation, load_record
 
 CLEAN = "clean"
@@ -100,13 +99,8 @@ def _side(folder: Path) -> _Side:
         raise UsageError(
             f"expected a folder of `coldforge run` or of `coldforge evaluate`, found no ledger.parquet in {folder}"
         )
-    columns = pq.read_table(ledger).to_pydict()
-    stands = {
-        name.removesuffix(":fooled"): torch.tensor([not fooled for fooled in values if fooled is not None])
-        for name, values in columns.items()
-        if name.endswith(":fooled")
-    }
-    labels, right = torch.tensor(columns["label"]), torch.tensor(columns["clean_right"])
+    kept = Ledger.read(ledger)
+    stands = {attack: kept.survived(attack) for attack in kept.fooled}
     if (folder / "evaluation.json").is_file():
         evaluation = load_evaluation(folder)
         images = str(evaluation.data.get("fingerprint", ""))
@@ -116,7 +110,7 @@ def _side(folder: Path) -> _Side:
         artifact = record.stage("artifact")
         masking = artifact.masking if artifact else MaskingRecord()
         about = (record.threat_model, masking, record.provenance.get("attacks", {}), {}, "")
-    return _Side(str(folder), *about, labels, right, stands)
+    return _Side(str(folder), *about, kept.labels, kept.right, stands)
 
 
 def _worst(side: _Side) -> Tensor:
@@ -152,7 +146,7 @@ def _notes(sides: tuple[_Side, _Side]) -> list[str]:
             tried = ", ".join(alone)
             notes.append(f"only {side.name} was attacked with {tried}: the worst cases are not of the same attacks")
         if side.masking.verdict != "ok":
-            failed = ", ".join(check.name for check in side.masking.checks if not check.passed)
+            failed = ", ".join(check.name for check in side.masking.failed)
             said = f"suspect ({failed})" if side.suspect else "not checked for masking"
             notes.append(f"the robust accuracies of {side.name} are {said}")
         if side.unfinished:

@@ -11,7 +11,7 @@ import torch
 
 from coldforge._version import __version__
 from coldforge.assemble import check_writable
-from coldforge.attacks import TILE, WITH_GRADIENT, Classifier, as_parts, parse_attack, parse_pgd, predict
+from coldforge.attacks import TILE, WITH_GRADIENT, Classifier, parse_attack, parse_pgd, predict
 from coldforge.data import ImageSet
 from coldforge.errors import StoreError, UsageError
 from coldforge.evaluate import (
@@ -226,7 +226,7 @@ def _plan(subject: Subject, request: Request, n: int, budget_s: float) -> list[S
     seconds = _pass_seconds(subject)
     ways = 2 if subject.target.quantized else 1
     classes = len(subject.data.classes)
-    passes = sum(part.passes(classes) for attack in subject.attacks for part in as_parts(attack))
+    passes = sum(attack.passes(classes) for attack in subject.attacks)
     attacking = seconds * (len(subject.data) / TILE + ways * passes * max(_STANDING * n / TILE, 1.0))
     steps = [Step(ATTACKING, min(attacking, budget_s) if budget_s else attacking)]
     if subject.target.network is not None and subject.target.file is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from coldforge.attacks import as_parts, parse_attack, parse_pgd, predict
+from coldforge.attacks import parse_attack, parse_pgd, predict
 from coldforge.compress import load_network, weight_bit_widths
 from coldforge.deploy import OnnxSession, export_onnx, int8_saturates, open_session, write_probe
 from coldforge.evaluate import Precision, Target, ask_both, find_adversarial, masking_panel, summarize
@@ -104,7 +104,7 @@ def evaluate(shop: Shop, network: Stage, what: str, *, parent: Stage, file: Stag
     macs = shop.dense_macs() if what in ("baseline", "reference") else shop.small_macs()
     broken = 0.3 if "adversarial" not in what and what not in ("artifact", "reference", "control") else 1.0
     classes = len(shop.evaluated.classes)
-    passes = sum(part.passes(classes) for attack in attacks for part in as_parts(attack))
+    passes = sum(attack.passes(classes) for attack in attacks)
     spec: list[object] = [
         [attack.describe() for attack in attacks],
         recipe.threat_model,
